@@ -1,0 +1,188 @@
+"""8. The STN: model, optimizer and loader that drop into a loop, and what can be asked of them."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stnify.declare import HyperparameterSpace
+from stnify.errors import UsageError
+from stnify.export import export, export_folded
+from stnify.loaders import ObservedLoader
+from stnify.optimizer import STNOptimizer
+from stnify.plan import Plan
+from stnify.schedule import History
+from stnify.step import StepResult, to_device
+from stnify.tunable import TunableModule
+from stnify.tuner import Counters, Tuner
+from stnify.verify import layouts
+
+
+class STN:
+    """A model that tunes its own hyperparameters, and everything that drives it.
+
+    Unpacks into ``(model, optimizer, train_loader)``, which replace the three of an ordinary loop.
+
+    Attributes:
+        model: Behaves as the user's model.
+        optimizer: Behaves as the user's optimizer; None if none was given.
+        train_loader: Yields the user's batches; None if none was given.
+        hyperparameters: lambda and sigma; ``[name]`` reads a value inside a loss.
+        plan: What was changed and what was not.
+        history: Values over time.
+        counters: Steps taken and skipped.
+    """
+
+    def __init__(
+        self,
+        model: TunableModule,
+        plan: Plan,
+        tuner: Tuner,
+        optimizer: STNOptimizer | None,
+        train_loader: Iterable[Any] | None,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.optimizer = optimizer
+        self._tuner = tuner
+        self.train_loader = (
+            None if train_loader is None else ObservedLoader(train_loader, tuner.observe)
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.optimizer, self.train_loader))
+
+    @property
+    def hyperparameters(self) -> HyperparameterSpace:
+        """The hyperparameters."""
+        return self.model.hyperparameters
+
+    @property
+    def history(self) -> History:
+        """Every validation step's values, scales and loss."""
+        return self._tuner.history
+
+    @property
+    def counters(self) -> Counters:
+        """Steps taken and skipped."""
+        return self._tuner.counters
+
+    def values(self) -> dict[str, float]:
+        """Return the hyperparameters by name, constrained units."""
+        return self.hyperparameters.values()
+
+    def scales(self) -> dict[str, float]:
+        """Return the perturbation scales by name, unconstrained units."""
+        return self.hyperparameters.scales()
+
+    def report(self) -> str:
+        """Return plan, values and counters as text."""
+        measured = layouts(self.model)
+        shared = [name for name, layout in measured.items() if layout == "shared"]
+        values = [f"{name} = {value:.4g}" for name, value in self.values().items()]
+        lines = [str(self.plan), "", *values]
+        if shared:
+            lines.append(f"one perturbation for the whole batch at: {', '.join(shared)}")
+        counters = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in vars(self.counters).items())
+        return "\n".join([*lines, counters])
+
+    def criterion(self, prediction: Any, target: Any) -> Tensor:
+        """Return the training loss, penalties of declared hyperparameters included.
+
+        Use it in the loop if a ``Hyperparameter`` was declared with a ``penalty``.
+
+        Raises:
+            UsageError: No criterion was given, or a penalty needs the batch and none was observed.
+        """
+        objective = self._tuner.objective
+        if objective.criterion is None:
+            raise UsageError("`stn.criterion` needs `criterion=` to be passed to stnify().")
+        loss = objective.criterion(prediction, target)
+        for site in objective.losses:
+            if site.penalty is not None:
+                if not self._tuner.observed:
+                    raise UsageError(
+                        f"the penalty of {site.column!r} needs the batch, but none was observed. "
+                        f"Iterate over the train_loader that stnify returned, or call "
+                        f"stn.observe(batch) first."
+                    )
+                value = self.hyperparameters[site.column]
+                batch = self._tuner.observed[-1]
+                loss = loss + site.penalty(self.model, batch, value).mean()
+        return loss
+
+    def observe(self, batch: Any) -> None:
+        """Tell stnify the batch the next ``optimizer.step()`` is about; for loops without a loader."""
+        self._tuner.observe(batch)
+
+    def step(self, batch: Any) -> float:
+        """Do all of one iteration on ``batch`` and return the training loss.
+
+        Raises:
+            UsageError: No optimizer was given.
+        """
+        optimizer, objective = self._require_optimizer(), self._tuner.objective
+        if not self.model.training:
+            raise UsageError("`stn.step` trains, but the model is in eval mode: model.train().")
+        self._tuner.observed.append(batch)
+        optimizer.zero_grad()
+        if objective.forward_loss is not None or not any(s.penalty for s in objective.losses):
+            loss = objective(self.model, to_device(batch, self.model))
+        else:
+            inputs, target = to_device(batch, self.model)
+            loss = self.criterion(self.model(inputs), target)
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    def validation_step(self, batch: Any) -> StepResult:
+        """Take one validation step on ``batch``; for loops without a ``valid_loader``.
+
+        Raises:
+            UsageError: The method does not tune.
+        """
+        if not self._tuner.method.tunes:
+            raise UsageError('method="fixed" does not tune: there is no validation step to take.')
+        return self._tuner.validate(batch)
+
+    def freeze(self) -> None:
+        """Stop validation steps: hyperparameters stay where they are."""
+        self._tuner.frozen = True
+
+    def unfreeze(self) -> None:
+        """Take validation steps again."""
+        self._tuner.frozen = False
+
+    def export(self) -> nn.Module:
+        """Return a copy of the user's model with its trained weights and nothing of stnify in it.
+
+        With ``method="stn"`` the response at lambda is folded into the weights.
+        """
+        return export(self.model) if self._tuner.method.centred else export_folded(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a run needs to continue to the same bits; loads with weights_only."""
+        return {
+            "model": copy.copy(self.model.state_dict()),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "tuner": self._tuner.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``state_dict`` returned, in an STN that was converted the same way."""
+        self.model.load_state_dict(state["model"])
+        if self.optimizer is not None and state["optimizer"] is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self._tuner.load_state_dict(state["tuner"])
+
+    def save(self, path: str | Path) -> None:
+        """Write ``state_dict()`` to ``path``; read it with ``torch.load(path, weights_only=True)``."""
+        torch.save(self.state_dict(), path)
+
+    def _require_optimizer(self) -> STNOptimizer:
+        if self.optimizer is None:
+            raise UsageError("a step needs `optimizer=` to be passed to stnify().")
+        return self.optimizer

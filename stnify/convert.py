@@ -1,0 +1,363 @@
+"""8b. ``stnify()``: all stages in a row, behind checks of what was passed."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer, RMSprop
+
+from stnify.bundle import STN
+from stnify.declare import Declaration, HyperparameterSpace, Pattern, declarations
+from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, nearest
+from stnify.linearize import linearized_forward, perturbed_forward
+from stnify.loaders import EndlessLoader
+from stnify.optimizer import STNOptimizer
+from stnify.plan import Plan, ResponseKind, make_plan
+from stnify.rewrite import rewrite
+from stnify.schedule import History
+from stnify.step import Forward, Objective
+from stnify.streams import RandomStream
+from stnify.trace import trace
+from stnify.tunable import TunableModule
+from stnify.tuner import METHODS, Cadence, Method, Tuner
+
+HyperOptimizer = Callable[[list[Tensor]], Optimizer]
+Jitter = Literal["gaussian", "sinusoid"]
+
+SINUSOID_AMPLITUDE, SINUSOID_PERIOD = 0.1, 1200
+"""[STN] F: amplitude (of the range, here in units of ``scale``) and period in training steps."""
+
+
+def stnify(
+    model: nn.Module,
+    hparams: Iterable[Declaration] | Mapping[str, float],
+    *,
+    optimizer: Optimizer | None = None,
+    criterion: Callable[..., Tensor] | None = None,
+    forward_loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    train_loader: Iterable[Any] | None = None,
+    valid_loader: Iterable[Any] | None = None,
+    method: str = "delta",
+    response: ResponseKind = "full",
+    response_fraction: float = 1.0,
+    train_steps: int = 5,
+    valid_steps: int = 1,
+    warmup_steps: int | None = None,
+    total_steps: int | None = None,
+    scale: float = 1.0,
+    tune_scale: bool = True,
+    entropy_weight: float = 1e-3,
+    hyper_optimizer: HyperOptimizer | None = None,
+    response_lr: float = 1.0,
+    exclude: Pattern = (),
+    leaves: Sequence[str | type[nn.Module]] = (),
+    example_inputs: Any = None,
+    amp_dtype: torch.dtype | None = None,
+    compile: bool | None = None,
+    verify: bool = True,
+    seed: int | None = None,
+    schedule: History | None = None,
+    jitter: Jitter | None = None,
+) -> STN:
+    """Turn ``model`` into one that tunes ``hparams`` by gradients while it trains.
+
+    Args:
+        model: Any module; its parameters are shared, not copied.
+        hparams: Declarations such as ``Dropout()``, or ``{"dropout": 0.1, "weight_decay": 5e-4}``.
+        optimizer: The optimizer of the model's parameters; None to convert only.
+        criterion: ``(prediction, target) -> scalar`` for batches ``(inputs, target)``.
+        forward_loss: ``(model, batch) -> scalar`` for any other kind of batch.
+        train_loader: Comes back in a wrapper that remembers the batches since the last step.
+        valid_loader: Held-out data for the validation step, iterated for ever. Without one, call
+            ``stn.validation_step(batch)``.
+        method: ``"delta"``, ``"centered"``, ``"stn"`` or ``"fixed"``.
+        response: ``"full"``, or ``"gate"`` for gates of the general weights alone.
+        response_fraction: Leading part of each (shuffled) batch the response step uses.
+        train_steps: Training steps between validation steps.
+        valid_steps: Validation steps each time.
+        warmup_steps: Training steps before hyperparameters move; a twentieth of ``total_steps`` if
+            that is known, else 100.
+        total_steps: Length of the run in training steps; sets the warm-up and lambda's step size.
+        scale: Initial perturbation scale sigma, unconstrained units.
+        tune_scale: Whether sigma moves.
+        entropy_weight: tau, which keeps sigma from collapsing.
+        hyper_optimizer: ``[lambda, sigma] -> optimizer``; RMSprop by default, learning rate 0.01, or
+            so much more that lambda can cross its range in ``total_steps``.
+        response_lr: Learning rate of the response parameters relative to the general ones.
+        exclude: Layers that get no response, by pattern or type.
+        leaves: Modules not to trace through, by pattern or type.
+        example_inputs: Inputs to verify the conversion on at once; a tensor, tuple or dict.
+        amp_dtype: Autocast dtype of the response and validation steps.
+        compile: Compile the passes; None compiles on CUDA.
+        verify: Check the conversion on ``example_inputs`` or the first batch.
+        seed: Of stnify's own random numbers; None takes torch's initial seed.
+        schedule: Values to replay with ``method="fixed"``.
+        jitter: Move fixed values about: ``"gaussian"`` (by ``scale``) or ``"sinusoid"`` ([STN] F).
+
+    Returns:
+        An ``STN``; unpack it into model, optimizer and train loader.
+
+    Raises:
+        DeclarationError: A hyperparameter cannot be used as declared.
+        UnsupportedModuleError: The model cannot be converted.
+        TraceError: The model cannot be traced faithfully.
+        UsageError: An argument is missing or does not fit the others.
+
+    Example:
+        ``stn = stnify(model, [Dropout(after="layer*.*"), WeightDecay()], optimizer=optimizer,
+        criterion=criterion, train_loader=train_loader, valid_loader=valid_loader)``
+    """
+    chosen = _method(method, schedule, jitter)
+    cadence = Cadence(
+        train_steps=train_steps,
+        valid_steps=valid_steps,
+        warmup_steps=_warmup(warmup_steps, total_steps),
+        response_fraction=response_fraction,
+        entropy_weight=entropy_weight,
+        tune_scale=tune_scale,
+    )
+    _refuse_model(model)
+    declared = declarations(hparams)
+    _refuse_arguments(optimizer, criterion, forward_loss, response, scale, response_lr)
+    _refuse_empty(train_loader, "train_loader")
+    _refuse_empty(valid_loader, "valid_loader")
+    plan = make_plan(
+        model,
+        trace(model, leaves),
+        declared,
+        response=response,
+        exclude=exclude,
+        scale=scale,
+        responds=METHODS[method].response is not None or not chosen.centred,
+    )
+    if forward_loss is not None and any(site.penalty for site in plan.losses):
+        raise DeclarationError(
+            "a `penalty` is added by `stn.criterion`, which `forward_loss` replaces: read "
+            "`stn.hyperparameters[name]` inside forward_loss instead."
+        )
+    device, dtype = _place(model)
+    seed = torch.initial_seed() if seed is None else seed
+    space = HyperparameterSpace(plan.columns, dtype, device)
+    tunable = rewrite(model, plan, space, RandomStream(_mix(seed, 0), device))
+    forwards = _forwards(tunable, method, compile if compile is not None else device.type == "cuda")
+    tuner = Tuner(
+        model=tunable,
+        objective=Objective(criterion, forward_loss, plan.decays, plan.losses, amp_dtype),
+        method=chosen,
+        cadence=cadence,
+        hyper_optimizer=_hyper_optimizer(hyper_optimizer, space, total_steps, cadence),
+        validation=_validation(valid_loader, _mix(seed, 1), device),
+        stream=tunable._stream,
+        schedule=schedule,
+        jitter=None if jitter is None else JITTERS[jitter](scale),
+        forwards=forwards,
+        verify_inputs=verify,
+    )
+    if verify and example_inputs is not None:
+        tuner.verify(*_call(example_inputs))
+    wrapped = None
+    if optimizer is not None:
+        _replace_decay(optimizer, tunable, plan)
+        wrapped = STNOptimizer(
+            optimizer,
+            tunable,
+            response_lr=response_lr,
+            decays=tuner.decays,
+            before_general_step=tuner.before_general_step,
+            after_general_step=tuner.after_general_step,
+        )
+    return STN(tunable, plan, tuner, wrapped, train_loader)
+
+
+# Checks -------------------------------------------------------------------------------------------
+
+
+def _method(name: str, schedule: History | None, jitter: Jitter | None) -> Method:
+    if name not in METHODS:
+        raise UsageError(
+            f"`method` must be one of {sorted(METHODS)}, but got {name!r}; nearest: "
+            f"{nearest(name, METHODS, 1)}."
+        )
+    if jitter not in {None, *JITTERS}:
+        raise UsageError(f"`jitter` must be one of {sorted(JITTERS)} or None, but got {jitter!r}.")
+    if name != "fixed" and (schedule is not None or jitter is not None):
+        raise UsageError(
+            f'`schedule` and `jitter` need method="fixed", but got method={name!r}: the other '
+            f"methods choose the values themselves."
+        )
+    return METHODS[name]
+
+
+def _refuse_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModuleError(
+            f"`model` must be an nn.Module, but got {type(model).__name__}."
+        )
+    if isinstance(model, TunableModule):
+        raise UsageError(
+            "`model` was converted already. Convert `stn.export()`, or the original model, with all "
+            "hyperparameters in one call."
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise UnsupportedModuleError(
+                f"every parameter must be materialised, but {name!r} is lazy. Run one batch through "
+                f"the model first."
+            )
+        if tensor.is_meta:
+            raise UnsupportedModuleError(
+                f"every parameter must hold data, but {name!r} is on the meta device. Move the model "
+                f'with `model.to_empty(device="cpu")` and initialise it first.'
+            )
+
+
+def _refuse_arguments(
+    optimizer: Optimizer | None,
+    criterion: Callable[..., Tensor] | None,
+    forward_loss: Callable[..., Tensor] | None,
+    response: str,
+    scale: float,
+    response_lr: float,
+) -> None:
+    if optimizer is not None and criterion is None and forward_loss is None:
+        raise UsageError(
+            "`criterion` must be given with an optimizer, because the response and validation steps "
+            "compute losses themselves. Pass the criterion of your loop, or "
+            "`forward_loss=fn(model, batch) -> scalar`."
+        )
+    for name, function in (("criterion", criterion), ("forward_loss", forward_loss)):
+        if function is not None and not callable(function):
+            raise UsageError(f"`{name}` must be callable, but got {type(function).__name__}.")
+    if response not in {"full", "gate"}:
+        raise UsageError(f"`response` must be 'full' or 'gate', but got {response!r}.")
+    for name, value in (("scale", scale), ("response_lr", response_lr)):
+        if not 0 < value < math.inf:
+            raise UsageError(f"`0 < {name} < inf` must hold, but got {name}={value}.")
+
+
+def _refuse_empty(loader: Iterable[Any] | None, name: str) -> None:
+    if loader is None:
+        return
+    if not hasattr(loader, "__iter__"):
+        raise UsageError(f"`{name}` must be iterable, but got {type(loader).__name__}.")
+    if hasattr(loader, "__len__") and len(loader) == 0:
+        raise UsageError(
+            f"`{name}` must yield at least one batch, but its length is 0. Check the dataset's "
+            f"length against batch_size and drop_last."
+        )
+    if name == "valid_loader" and hasattr(loader, "__next__"):
+        raise UsageError(
+            "`valid_loader` must be iterable again and again, but got an iterator, which is "
+            "exhausted after one pass. Pass the DataLoader itself."
+        )
+
+
+# Defaults -----------------------------------------------------------------------------------------
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return where the model is, and the dtype of lambda: single precision at least."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModuleError(
+            f"the model must be on one device, but its parameters are on {sorted(map(str, devices))}."
+        )
+    double = any(parameter.dtype is torch.float64 for parameter in model.parameters())
+    device = devices.pop() if devices else torch.device("cpu")
+    return device, torch.float64 if double else torch.float32
+
+
+def _warmup(warmup_steps: int | None, total_steps: int | None) -> int:
+    if warmup_steps is not None:
+        return warmup_steps
+    return 100 if total_steps is None else total_steps // 20
+
+
+def _hyper_optimizer(
+    make: HyperOptimizer | None,
+    space: HyperparameterSpace,
+    total_steps: int | None,
+    cadence: Cadence,
+) -> Optimizer:
+    parameters: list[Tensor] = [space.unconstrained, space.raw_scale]
+    if make is None:
+        return RMSprop(parameters, lr=_step_size(total_steps, cadence))
+    if not callable(make):
+        raise UsageError(
+            f"`hyper_optimizer` must be a function from a list of tensors to an optimizer, such as "
+            f"`lambda p: torch.optim.Adam(p, lr=0.01)`, but got {type(make).__name__}."
+        )
+    return make(parameters)
+
+
+CROSSING = 12.0
+"""Unconstrained distance from one practical end of a range to the other, e.g. sigmoid(-6) to (6)."""
+
+
+def _step_size(total_steps: int | None, cadence: Cadence) -> float:
+    """Return lambda's step size: the papers' 0.01, more if the run is too short to cross a range."""
+    if total_steps is None:
+        return 0.01
+    tuned = max(total_steps - cadence.warmup_steps, 1)
+    validation_steps = max(tuned // cadence.train_steps * cadence.valid_steps, 1)
+    return min(max(0.01, CROSSING / validation_steps), 0.1)
+
+
+def _validation(
+    loader: Iterable[Any] | None, seed: int, device: torch.device
+) -> EndlessLoader | None:
+    return None if loader is None else EndlessLoader(loader, RandomStream(seed, device))
+
+
+def _gaussian(scale: float) -> Callable[[Tensor, int], Tensor]:
+    return lambda centre, step: centre + scale * torch.randn_like(centre)
+
+
+def _sinusoid(scale: float) -> Callable[[Tensor, int], Tensor]:
+    return lambda centre, step: centre + scale * math.sin(2 * math.pi * step / SINUSOID_PERIOD)
+
+
+JITTERS: dict[str, Callable[[float], Callable[[Tensor, int], Tensor]]] = {
+    "gaussian": _gaussian,
+    "sinusoid": _sinusoid,
+}
+"""Perturbations of fixed values, the baselines of [STN] Table 1."""
+
+
+def _mix(seed: int, stream: int) -> int:
+    """Return a seed for one of stnify's streams, different for each process of a distributed run."""
+    rank = 0
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+    return (seed * 1_000_003 + 7919 * rank + stream) % 2**63
+
+
+def _forwards(model: TunableModule, method: str, compile: bool) -> dict[str, Forward]:
+    """Compile the general pass, eval mode and the forward functions of the two steps."""
+    if not compile:
+        return {}
+    model.compile_passes()
+    response = linearized_forward if method == "delta" else perturbed_forward
+    return {"response": torch.compile(response), "validation": torch.compile(perturbed_forward)}
+
+
+def _call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    match example_inputs:
+        case dict():
+            return (), example_inputs
+        case tuple() | list():
+            return tuple(example_inputs), {}
+        case _:
+            return (example_inputs,), {}
+
+
+def _replace_decay(optimizer: Optimizer, model: TunableModule, plan: Plan) -> None:
+    """Switch the optimizer's own decay off in groups that hold weights with a tuned one."""
+    parameters = model.general_parameters()
+    tuned = {id(parameters[name]) for site in plan.decays for name in site.parameters}
+    for group in optimizer.param_groups:
+        if any(id(parameter) in tuned for parameter in group["params"]):
+            group["weight_decay"] = 0.0

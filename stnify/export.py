@@ -1,0 +1,36 @@
+"""10. Leave stnify: a plain module of the user's class, and the tuned values as JSON."""
+
+import copy
+
+import torch
+from torch import nn
+
+from stnify.tunable import TunableModule
+
+
+def export(model: TunableModule) -> nn.Module:
+    """Return a copy of the user's model with its trained weights and nothing of stnify in it.
+
+    Its outputs in eval mode are those of the tunable model, bit for bit: the response is zero at the
+    current hyperparameters. The copy is in the mode ``model`` is in.
+    """
+    plain = copy.deepcopy(model._original)
+    return plain
+
+
+@torch.no_grad()
+def export_folded(model: TunableModule) -> nn.Module:
+    r"""Return the user's model at the current hyperparameters of an uncentred run.
+
+    Weights become :math:`W + (U\lambda) \odot W_{response}`, biases likewise; equal to the tunable
+    model in eval mode up to rounding. Source: [STN] Eq. 11.
+    """
+    plain = export(model)
+    parameters = dict(plain.named_parameters(remove_duplicate=False))
+    unconstrained = model.hyperparameters.unconstrained
+    general = dict(model.named_parameters(remove_duplicate=False))
+    for name, response in model.weight_responses().items():
+        parameters[name] += response.materialise(general[name], unconstrained)
+    for name, bias_response in model.bias_responses().items():
+        parameters[name] += bias_response(general[name], unconstrained[None])[0]
+    return plain

@@ -1,0 +1,125 @@
+"""The abstract hyper layer: an operator whose weights respond to the hyperparameters."""
+
+from abc import ABC, abstractmethod
+
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+from stnify.layers.response import BiasResponse, WeightResponse
+from stnify.rows import RowLayout, expand_rows
+
+
+class HyperLayer(nn.Module, ABC):
+    r"""Applies an operator with weights that are affine in the response input.
+
+    .. math:: y = W x + b + (U\delta) \odot (W_{response} x) + (V\delta) \odot b_{response}
+
+    It owns the response parameters only; the general weight and bias are arguments, so that they
+    stay the user's own. Without a response input it *is* the operator, bit for bit.
+
+    A final subclass gives the operator, and how a gate meets its outputs. Source: [DeltaSTN] 3.14.
+
+    Args:
+        weight_response: Response of the weight; None if the weight is frozen.
+        bias_response: Response of the bias; None if there is no bias or it is frozen.
+
+    Attributes:
+        layout: Which rows of the input belong to which example.
+    """
+
+    def __init__(
+        self, weight_response: WeightResponse | None, bias_response: BiasResponse | None
+    ) -> None:
+        super().__init__()
+        self.weight_response = weight_response
+        self.bias_response = bias_response
+        self.layout = RowLayout.BATCH
+
+    @abstractmethod
+    def operate(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute what the original layer computes."""
+
+    @abstractmethod
+    def broadcast(self, units: Tensor, outputs: Tensor) -> Tensor:
+        """Shape ``(rows, n)`` values of output units to meet ``outputs``."""
+
+    @abstractmethod
+    def is_single(self, inputs: Tensor) -> bool:
+        """Whether ``inputs`` is one example without a batch dimension."""
+
+    def forward(
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        response_input: Tensor | None,
+        linearized: bool,
+    ) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            inputs: What the original layer receives; a dual tensor in a linearised pass.
+            weight: General weight.
+            bias: General bias or None.
+            response_input: ``(batch, h)`` unconstrained, or None for the plain operator.
+            linearized: Return a dual tensor: the plain output, and as its tangent the first-order
+                effect of the response ([DeltaSTN] Eq. 3.13), three evaluations in all.
+        """
+        if response_input is None:
+            return self.operate(inputs, weight, bias)
+        if not linearized:
+            outputs = self.operate(inputs, weight, bias)
+            return outputs + self.change(inputs, weight, bias, response_input, outputs)
+        inputs, tangent = forward_ad.unpack_dual(inputs)
+        outputs = self.operate(inputs, weight, bias)
+        change = self.change(inputs, weight, bias, response_input, outputs)
+        if tangent is not None:
+            change = change + self.operate(tangent, weight, None)
+        return forward_ad.make_dual(outputs, change)
+
+    def change(
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        response_input: Tensor,
+        outputs: Tensor,
+    ) -> Tensor:
+        """Return what the response adds to ``outputs``, in their shape and dtype."""
+        change = None
+        if self.weight_response is not None:
+            change = self.weight_change(inputs, weight, bias, response_input, outputs)
+        if self.bias_response is not None and bias is not None:
+            shift = self.bias_response(bias, response_input)
+            shift = self.broadcast(self.rows(shift, inputs), outputs)
+            change = shift if change is None else change + shift
+        assert change is not None, "a hyper layer without any response is never built"
+        return change.to(outputs.dtype).expand_as(outputs)
+
+    def weight_change(
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        response_input: Tensor,
+        outputs: Tensor,
+    ) -> Tensor:
+        r"""Return :math:`(U\delta) \odot (W_{response} x)`.
+
+        With ``response="gate"`` the product is there already: it is the output without its bias.
+        """
+        assert self.weight_response is not None
+        gates = self.rows(self.weight_response.gates(response_input), inputs)
+        if self.weight_response.response is not None:
+            product = self.operate(inputs, self.weight_response.response, None)
+        elif bias is None:
+            product = outputs
+        else:
+            product = outputs - self.broadcast(bias[None], outputs)
+        return self.broadcast(gates, outputs).to(outputs.dtype) * product
+
+    def rows(self, values: Tensor, inputs: Tensor) -> Tensor:
+        """Give each row of ``inputs`` its example's values; one example gets the batch's mean."""
+        if self.is_single(inputs):
+            return values.mean(0, keepdim=True)
+        return expand_rows(values, inputs.shape[0], self.layout)

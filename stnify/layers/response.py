@@ -1,0 +1,127 @@
+"""Response parameters: how a weight or a bias responds to the hyperparameters.
+
+Sizes below: ``h`` hyperparameters, ``n`` gated units (output units or channels; embedding width).
+"""
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+ResponseKind = Literal["full", "gate"]
+
+
+class WeightResponse(nn.Module):
+    r"""Responds to a perturbation by :math:`(U\delta) \odot_{row} W_{response}`.
+
+    ``U`` starts at zero, so a fresh response changes nothing; ``W_response`` starts like an
+    ordinary layer's weight. With ``kind="gate"`` there is no ``W_response``: the general weight
+    itself is gated ([STN] Theorem 2). Source: [DeltaSTN] Eqs. 3.14, E.1.
+
+    Args:
+        weight: The general weight it belongs to; gives shape, dtype and device.
+        hyperparameters: ``h``.
+        axis: Dimension of ``weight`` whose units are gated.
+        units: Size of the gate, if not ``weight.shape[axis]`` (grouped transposed convolutions).
+        kind: ``"full"`` or ``"gate"``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        hyperparameters: int,
+        axis: int,
+        kind: ResponseKind,
+        units: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.axis = axis
+        units = weight.shape[axis] if units is None else units
+        self.gate = nn.Parameter(weight.new_zeros(units, hyperparameters))
+        self.response = nn.Parameter(_fresh_weight(weight)) if kind == "full" else None
+
+    def weight(self, general: Tensor) -> Tensor:
+        """Return the matrix that is gated: ``W_response``, or the general weight itself."""
+        return general if self.response is None else self.response
+
+    def gates(self, response_input: Tensor) -> Tensor:
+        """Return ``U delta``, ``(batch, n)``, for ``response_input`` of shape ``(batch, h)``."""
+        return response_input.to(self.gate.dtype) @ self.gate.t()
+
+    def materialise(self, general: Tensor, response_input: Tensor) -> Tensor:
+        """Return the change of the weight for one ``(h,)`` response input, the slow way."""
+        gate = self.gates(response_input[None])[0]
+        return _along(gate, general, self.axis) * self.weight(general)
+
+    def squared_norm(self, general: Tensor, response_input: Tensor) -> Tensor:
+        """Return ``||W + gate * W_response||^2`` for each example, ``(batch,)``.
+
+        It needs three inner products for each gated unit and no perturbed weight.
+        """
+        gates = self.gates(response_input)
+        units = gates.shape[-1]
+        general = _by_unit(general, self.axis, units)
+        response = general if self.response is None else _by_unit(self.response, self.axis, units)
+        return (
+            general.square().sum()
+            + gates @ (2 * (general * response).sum(1))
+            + gates.square() @ response.square().sum(1)
+        )
+
+
+class BiasResponse(nn.Module):
+    r"""Responds to a perturbation by :math:`(V\delta) \odot b_{response}`.
+
+    Args:
+        bias: The general bias it belongs to, ``(n,)``.
+        hyperparameters: ``h``.
+        bound: ``b_response`` starts uniform in ``(-bound, bound)``.
+        kind: ``"full"``, or ``"gate"`` to gate the general bias itself.
+
+    Source: [DeltaSTN] Eq. 3.14.
+    """
+
+    def __init__(
+        self, bias: Tensor, hyperparameters: int, bound: float, kind: ResponseKind
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(bias.new_zeros(bias.shape[0], hyperparameters))
+        self.response = None
+        if kind == "full":
+            self.response = nn.Parameter(nn.init.uniform_(torch.empty_like(bias), -bound, bound))
+
+    def forward(self, general: Tensor, response_input: Tensor) -> Tensor:
+        """Return the change of the bias for each example, ``(batch, n)``."""
+        response = general if self.response is None else self.response
+        return (response_input.to(self.gate.dtype) @ self.gate.t()) * response
+
+
+def fan_in_bound(weight: Tensor) -> float:
+    """Return the half-width PyTorch gives a fresh bias: one over the root of the fan-in."""
+    fan_in = weight[0].numel() if weight.ndim > 1 else weight.numel()
+    return 1.0 / max(fan_in, 1) ** 0.5
+
+
+def _fresh_weight(weight: Tensor) -> Tensor:
+    return cast(Tensor, nn.init.kaiming_uniform_(torch.empty_like(weight), a=5**0.5))
+
+
+def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Shape ``(n,)`` values to broadcast along ``axis`` of ``like``, in equal blocks of axis 0."""
+    shape = [1] * like.ndim
+    if axis == 1 and values.shape[0] != like.shape[1]:  # grouped transposed convolution
+        groups = values.shape[0] // like.shape[1]
+        per_group = values.reshape(groups, like.shape[1])
+        blocks = per_group.repeat_interleave(like.shape[0] // groups, dim=0)
+        return blocks.reshape(*blocks.shape, *([1] * (like.ndim - 2)))
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def _by_unit(weight: Tensor, axis: int, units: int) -> Tensor:
+    """Arrange a weight as ``(units, everything else)``, ``units`` along ``axis``."""
+    if axis == 0:
+        return weight.reshape(units, -1)
+    groups = units // weight.shape[1]
+    split = weight.reshape(groups, -1, weight.shape[1], *weight.shape[2:])
+    return split.transpose(1, 2).reshape(units, -1)

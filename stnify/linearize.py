@@ -1,0 +1,243 @@
+"""5. Predict through the best-response Jacobian: ``f(x, w0) + J_yw Theta epsilon``.
+
+One forward pass carries every activation as a dual number. Each hyper layer adds its response to
+the tangent, PyTorch's forward-mode differentiation carries it on, and the two parts are added at the
+end, so they share every dropout mask. Source: [DeltaSTN] Eqs. 3.12, 3.13; same value as the double
+backward of the official ``utils/linearize_utils.py``, which fails with BatchNorm.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from stnify.perturb import Perturbation
+from stnify.tunable import PREFIX
+
+
+def linearized_forward(
+    graph: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    perturbation: Perturbation,
+) -> Any:
+    """Predict to first order in the response, differentiably in the response parameters only.
+
+    General parameters are constants, buffers are not updated, and BatchNorm in train mode
+    normalises with the statistics of the batch at hand.
+
+    Args:
+        graph: Graph of a tunable model.
+        args: Positional inputs of the model.
+        kwargs: Keyword inputs of the model.
+        perturbation: Response input and constrained hyperparameters, one row for each example.
+
+    Returns:
+        What the model returns, every tensor replaced by primal plus tangent.
+    """
+    with ForwardModeRules(), forward_ad.dual_level():
+        outputs = _constant_call(graph, args, kwargs, perturbation, linearized=True)
+        return tree_map_only(Tensor, _primal_plus_tangent, outputs)
+
+
+def perturbed_forward(
+    graph: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    perturbation: Perturbation,
+) -> Any:
+    """Predict with the perturbed weights themselves, ``f(x, w0 + Theta delta)``.
+
+    Differentiable in the response parameters and the response input; general parameters are
+    constants and buffers are not updated.
+    """
+    return _constant_call(graph, args, kwargs, perturbation, linearized=False)
+
+
+def _constant_call(
+    graph: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    perturbation: Perturbation,
+    *,
+    linearized: bool,
+) -> Any:
+    """Call the graph with general parameters detached and a private copy of every buffer."""
+    constants = {
+        name: parameter.detach()
+        for name, parameter in graph.named_parameters()
+        if not name.startswith(f"{PREFIX}.")
+    }
+    constants.update({name: buffer.clone() for name, buffer in graph.named_buffers()})
+    inputs = {
+        **kwargs,
+        "response_input": perturbation.response_input,
+        "constrained": perturbation.constrained,
+        "linearized": linearized,
+    }
+    return functional_call(graph, constants, args, inputs)
+
+
+def _primal_plus_tangent(value: Tensor) -> Tensor:
+    primal, tangent = forward_ad.unpack_dual(value)
+    return primal if tangent is None else primal + tangent
+
+
+# Operators that forward mode cannot take as they are ----------------------------------------------
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    per_channel = (1, -1, *([1] * (input.ndim - 2)))
+    values = input.to(_accumulation_dtype(input))
+    if training or running_mean is None or running_var is None:
+        _refuse_single_value(input)
+        normal = _standardise(values, (0, *range(2, input.ndim)), eps)
+    else:
+        deviation = torch.rsqrt(running_var.view(per_channel) + eps)
+        normal = (values - running_mean.view(per_channel)) * deviation
+    return _affine(normal, weight, bias, per_channel).to(input.dtype)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    normal = _standardise(input.to(_accumulation_dtype(input)), dims, eps)
+    return _affine(normal, weight, bias, tuple(normalized_shape)).to(input.dtype)
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    grouped = input.reshape(input.shape[0], num_groups, -1).to(_accumulation_dtype(input))
+    normal = _standardise(grouped, (2,), eps).reshape(input.shape)
+    return _affine(normal, weight, bias, (1, -1, *([1] * (input.ndim - 2)))).to(input.dtype)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    normal = _standardise(input.to(_accumulation_dtype(input)), tuple(range(2, input.ndim)), eps)
+    return _affine(normal, weight, bias, (1, -1, *([1] * (input.ndim - 2)))).to(input.dtype)
+
+
+def _standardise(values: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    centred = values - values.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+def _affine(
+    normal: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]
+) -> Tensor:
+    if weight is not None:
+        normal = normal * weight.view(shape)
+    return normal if bias is None else normal + bias.view(shape)
+
+
+def _accumulation_dtype(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.dtype in {torch.float16, torch.bfloat16} else values.dtype
+
+
+def _refuse_single_value(values: Tensor) -> None:
+    if values.numel() == values.shape[1]:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size "
+            f"{tuple(values.shape)}"
+        )
+
+
+def _scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (side.repeat_interleave(repeats, dim=-3) for side in (key, value))
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
+        else:
+            scores = scores + attn_mask
+    weights = scores.softmax(-1)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
+    return weights @ value
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu6(input + 3) / 6
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    left, right = input.chunk(2, dim)
+    return left * right.sigmoid()
+
+
+FORWARD_MODE_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    # Forward mode compiles only when these are written out; and the response pass must not
+    # update running statistics.
+    F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
+    # No forward-mode derivative in PyTorch.
+    F.scaled_dot_product_attention: _scaled_dot_product_attention,
+    F.hardsigmoid: _hardsigmoid,
+    F.glu: _glu,
+}
+"""Operator to the decomposition used in the linearised pass, and only there."""
+
+
+class ForwardModeRules(TorchFunctionMode):
+    """Replaces the operators in ``FORWARD_MODE_RULES`` while active, also inside leaf modules."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the decomposition of ``func`` if there is one."""
+        return FORWARD_MODE_RULES.get(func, func)(*args, **(kwargs or {}))

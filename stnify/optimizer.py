@@ -1,0 +1,224 @@
+"""7. One optimizer for the loop: the general step, then what the method does after it."""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from stnify.errors import UsageError
+from stnify.tunable import TunableModule
+
+ROLE = "role"
+"""Key of every param group: ``"general"`` or ``"response"``."""
+
+_OWN_KEYS = {"params", "param_names", "lr", "weight_decay", ROLE}
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+Decays = Mapping[nn.Parameter, float | Tensor]
+"""What tuned decay adds to gradients: a coefficient of the parameter, or the gradient itself."""
+
+
+class STNOptimizer(Optimizer):
+    """Steps the user's optimizer, then runs ``after_general_step``.
+
+    ``param_groups`` and ``state`` show the user's groups, and behind them a response group for each
+    that holds a weight with a response: the same kind of optimizer, no weight decay. Before a step
+    each response group takes its general group's settings, learning rate times ``response_lr``, so
+    that schedulers move both, also a scheduler that was built on the wrapped optimizer.
+
+    Args:
+        base: The user's optimizer.
+        model: What it trains.
+        response_lr: Learning rate of the response parameters relative to the general ones.
+        decays: Returns what tuned weight decay adds to gradients.
+        before_general_step: Called first; raises if the loop missed a call.
+        after_general_step: Called last, with the optimizer of the response parameters.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        model: TunableModule,
+        *,
+        response_lr: float,
+        decays: Callable[[], Decays],
+        before_general_step: Callable[[], None],
+        after_general_step: Callable[[Optimizer], None],
+    ) -> None:
+        refuse_unusable(base, model)
+        for group in base.param_groups:
+            group.setdefault(ROLE, "general")
+        groups, self._sources = _response_groups(base, model)
+        self.base = base
+        self.response = _twin(base, groups)
+        self._response_lr = response_lr
+        self._decays = decays
+        self._before = before_general_step
+        self._after = after_general_step
+        for name in _HOOKS:
+            setattr(self, name, OrderedDict())
+        self._patch_step_function()
+        self.synchronise()
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """Defaults of the wrapped optimizer."""
+        return self.base.defaults
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """General groups, then response groups."""
+        return [*self.base.param_groups, *self.response.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """State of general, then of response parameters."""
+        return {**self.base.state, **self.response.state}
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise UsageError(
+            "an STNOptimizer cannot be copied or pickled, because it drives a training run. Save "
+            "`stn.state_dict()` and load it into a freshly converted model."
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hand loaded groups and state to the two optimizers they belong to."""
+        groups, states = state["param_groups"], state["state"]
+        count = len(self.base.param_groups)
+        for optimizer, part in ((self.base, groups[:count]), (self.response, groups[count:])):
+            members = {parameter for group in part for parameter in group["params"]}
+            own = {parameter: entry for parameter, entry in states.items() if parameter in members}
+            optimizer.__setstate__({"state": defaultdict(dict, own), "param_groups": part})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of general parameters to the wrapped optimizer."""
+        self.base.add_param_group({ROLE: "general", **param_group})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of general and response parameters."""
+        self.base.zero_grad(set_to_none)
+        self.response.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take the general step; then the response step and, when it is due, the validation step.
+
+        Args:
+            closure: Evaluated once, before the step.
+
+        Returns:
+            What ``closure`` returned, if any.
+
+        Raises:
+            UsageError: No batch was observed since the last step, or a declared hyperparameter was
+                not used by the loss.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self._before()
+        self.synchronise()
+        with _decayed_gradients(self._decays()):
+            self.base.step()
+        self._after(self.response)
+        return result
+
+    def synchronise(self) -> None:
+        """Copy each general group's settings to its response group."""
+        for source, group in zip(self._sources, self.response.param_groups, strict=True):
+            general = self.base.param_groups[source]
+            group.update({k: v for k, v in general.items() if k not in _OWN_KEYS})
+            if "lr" in general:
+                group["lr"] = general["lr"] * self._response_lr
+
+
+def refuse_unusable(optimizer: object, model: TunableModule) -> None:
+    """Raise UsageError unless ``optimizer`` is usable and holds all trainable parameters."""
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(
+            f"`optimizer` must be a torch.optim.Optimizer, but got {type(optimizer).__name__}."
+        )
+    if isinstance(optimizer, STNOptimizer):
+        raise UsageError("`optimizer` is an STNOptimizer already: pass the one it was built from.")
+    inner = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
+    if isinstance(optimizer, LBFGS) or inner:
+        raise UsageError(
+            f"`optimizer` must take one step for one gradient, but {type(optimizer).__name__} "
+            f"{'evaluates the loss again' if not inner else f'wraps another ({inner[0]})'}. "
+            f"Pass a first-order optimizer such as SGD or AdamW."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trainable = {n: p for n, p in model.general_parameters().items() if p.requires_grad}
+    missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
+    if missing:
+        raise UsageError(
+            f"`optimizer` must hold all {len(trainable)} trainable parameters of the model, but "
+            f"{len(missing)} are missing, first {missing[0]!r}. Build it from model.parameters() "
+            f"of this very model, or freeze what it should not train with requires_grad_(False)."
+        )
+
+
+def _response_groups(
+    base: Optimizer, model: TunableModule
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return one response group for each general group with responses, and which group that is."""
+    source_of = {
+        id(parameter): i
+        for i, group in enumerate(base.param_groups)
+        for parameter in group["params"]
+    }
+    general_parameters = model.general_parameters()
+    members: dict[int, list[nn.Parameter]] = {}
+    taken: set[int] = set()
+    for weight, layers in model.users().items():
+        source = source_of.get(id(general_parameters[weight]), 0)  # a frozen weight: its bias alone
+        for parameter in (parameter for layer in layers for parameter in layer.parameters()):
+            if id(parameter) not in taken:
+                taken.add(id(parameter))
+                members.setdefault(source, []).append(parameter)
+    groups, sources = [], sorted(members)
+    for source in sources:
+        general = base.param_groups[source]
+        group = {k: v for k, v in general.items() if k not in _OWN_KEYS}
+        group.update(params=members[source], lr=general.get("lr"), weight_decay=0.0)
+        groups.append({**group, ROLE: "response"})
+    return groups, sources
+
+
+def _twin(base: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """Return an optimizer of the same kind over other groups, with its own state and no hooks."""
+    twin: Optimizer = object.__new__(type(base))
+    twin.__dict__.update(base.__dict__)
+    twin.__dict__.pop("step", None)  # a scheduler puts its own counting step on the instance
+    twin.param_groups, twin.state = groups, defaultdict(dict)
+    for name in _HOOKS:
+        setattr(twin, name, OrderedDict())
+    return twin
+
+
+@contextmanager
+def _decayed_gradients(decays: Decays) -> Iterator[None]:
+    """Add the decay to the gradients while the body runs."""
+    before = {p: p.grad for p in decays if p.grad is not None}
+    for parameter, gradient in before.items():
+        decay = decays[parameter]
+        if isinstance(decay, Tensor):
+            parameter.grad = gradient + decay
+        else:  # the very operation by which torch.optim.SGD decays
+            parameter.grad = gradient.add(parameter.detach(), alpha=decay)
+    try:
+        yield
+    finally:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient

@@ -1,0 +1,44 @@
+"""Parts: loss terms with a tunable coefficient."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class SquaredNorm(Protocol):
+    """A response that knows the squared norm of the weight it perturbs."""
+
+    def squared_norm(self, general: Tensor, response_input: Tensor) -> Tensor:
+        """Return ``(batch,)``."""
+        ...
+
+
+def weight_decay(
+    coefficient: Tensor,
+    weights: Iterable[str],
+    parameters: Mapping[str, Tensor],
+    responses: Mapping[str, Any],
+    response_input: Tensor,
+) -> Tensor:
+    r"""Return :math:`\frac{1}{2} c_i \lVert w_0 + \Theta\epsilon_i \rVert^2`, averaged over the batch.
+
+    Exact for each example's own perturbed weights, without building them.
+
+    Args:
+        coefficient: c, ``(batch,)``, constrained units.
+        weights: Names of the weights to decay.
+        parameters: General parameters by name.
+        responses: Responses by weight name; a weight without one stays at its general value.
+        response_input: ``(batch, h)``.
+
+    Source: [DeltaSTN] Eqs. G.2, H.1.
+    """
+    total: Tensor | float = 0.0
+    for name in weights:
+        general = parameters[name]
+        if name in responses:
+            total = total + responses[name].squared_norm(general, response_input)
+        else:
+            total = total + general.square().sum()
+    return (0.5 * coefficient * total).mean()

@@ -1,0 +1,62 @@
+"""4. Draw perturbations: epsilon, the constrained values it leads to, what the layers receive."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stnify.declare import HyperparameterSpace
+
+
+class Perturbation(NamedTuple):
+    """One draw for a batch.
+
+    Attributes:
+        response_input: ``(batch, h)`` unconstrained; what hyper layers receive.
+        constrained: ``(batch, h)`` constrained; what noise, penalties and losses use. None in
+            eval mode, where there is no regularisation.
+    """
+
+    response_input: Tensor
+    constrained: Tensor | None
+
+
+def standard_normal(space: HyperparameterSpace, batch: int) -> Tensor:
+    """Draw ``(batch, h)`` from the standard normal; columns declared per batch repeat one row."""
+    draws = torch.randn(
+        batch, len(space.columns), dtype=space.raw_scale.dtype, device=space.raw_scale.device
+    )
+    shared = [i for i, column in enumerate(space.columns) if not column.per_example]
+    if shared:
+        draws[:, shared] = draws[:1, shared]
+    return draws
+
+
+@torch.no_grad()
+def training_perturbation(
+    space: HyperparameterSpace, batch: int, *, centred: bool = True
+) -> Perturbation:
+    """Perturb the hyperparameters for training; nothing is differentiable.
+
+    Args:
+        space: lambda_0 and sigma.
+        batch: Examples.
+        centred: Hyper layers receive epsilon ([DeltaSTN] 3.1), else lambda + epsilon ([STN]).
+    """
+    epsilon = space.scale * standard_normal(space, batch)
+    perturbed = space.unconstrained + epsilon
+    return Perturbation(epsilon if centred else perturbed, space.constrain(perturbed))
+
+
+def validation_perturbation(
+    space: HyperparameterSpace, batch: int, *, centred: bool = True
+) -> Perturbation:
+    """Perturb the hyperparameters for validation, differentiably in lambda and sigma.
+
+    Centred, the response input is ``lambda + epsilon - lambda_0`` with lambda_0 held at lambda's
+    current value; epsilon is reparameterised as sigma times a standard normal draw.
+    Source: [DeltaSTN] Algorithm 1, Eq. 2.7.
+    """
+    epsilon = space.scale * standard_normal(space, batch)
+    centre = space.unconstrained.detach() if centred else torch.zeros_like(space.unconstrained)
+    return Perturbation(space.unconstrained - centre + epsilon, None)

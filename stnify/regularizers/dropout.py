@@ -1,0 +1,62 @@
+"""Dropout with a tunable rate."""
+
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from stnify.rows import RowLayout, expand_rows, trailing
+
+Granularity = Literal["element", "channel"]
+
+
+@final
+class TunedDropout(nn.Module):
+    """Zeroes elements or whole channels with a probability that is a hyperparameter.
+
+    Off in eval mode. In a linearised pass primal and tangent share the mask, because both are
+    multiplied by it in one operation.
+
+    Args:
+        column: Which hyperparameter is the rate.
+        granularity: ``"element"``, or ``"channel"`` for one draw for each channel.
+        channel_dims: Trailing dimensions a channel spans, if the granularity is ``"channel"``.
+
+    Attributes:
+        layout: Which rows of the input belong to which example.
+    """
+
+    def __init__(self, column: int, granularity: Granularity, channel_dims: int = 0) -> None:
+        super().__init__()
+        self.column = column
+        self.granularity = granularity
+        self.channel_dims = channel_dims
+        self.layout = RowLayout.BATCH
+
+    def extra_repr(self) -> str:
+        """Name the column and granularity."""
+        return f"column={self.column}, granularity={self.granularity!r}"
+
+    def forward(self, inputs: Tensor, constrained: Tensor | None) -> Tensor:
+        """Drop entries of ``inputs`` and scale the rest by ``1 / (1 - rate)``.
+
+        Args:
+            inputs: ``(rows, ...)``.
+            constrained: ``(h,)`` for one rate, ``(batch, h)`` for one for each example, constrained
+                units; None leaves the inputs alone.
+        """
+        if not self.training or constrained is None:
+            return inputs
+        rate = constrained[..., self.column]
+        if rate.ndim:
+            rate = expand_rows(rate[:, None], inputs.shape[0], self.layout)
+            rate = trailing(rate[:, 0], inputs.ndim)
+        keep = (1 - rate).to(inputs.dtype)
+        mask = torch.rand(self._mask_shape(inputs), device=inputs.device) < keep
+        return inputs * (mask / keep)
+
+    def _mask_shape(self, inputs: Tensor) -> tuple[int, ...]:
+        if self.granularity == "element":
+            return tuple(inputs.shape)
+        channels = inputs.ndim - self.channel_dims
+        return (*inputs.shape[:channels], *([1] * self.channel_dims))

@@ -1,0 +1,225 @@
+"""6. The response step and the validation step, as functions from a batch to gradients.
+
+The general step is the user's own ``loss.backward()`` and ``optimizer.step()``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from stnify.errors import ShapeError
+from stnify.linearize import linearized_forward, perturbed_forward
+from stnify.penalties import weight_decay
+from stnify.perturb import Perturbation, training_perturbation, validation_perturbation
+from stnify.plan import DecaySite, LossSite
+from stnify.rows import batch_size
+from stnify.tunable import TunableModule
+
+Forward = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Perturbation], Any]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a batch becomes a loss.
+
+    Attributes:
+        criterion: ``(prediction, target) -> scalar`` for batches ``(inputs, target)``.
+        forward_loss: ``(model, batch) -> scalar`` for all others; comes first if both are given.
+        decays: Weight decays.
+        losses: Hyperparameters with a penalty.
+        amp_dtype: Autocast to this dtype, if any.
+    """
+
+    criterion: Callable[..., Tensor] | None = None
+    forward_loss: Callable[[nn.Module, Any], Tensor] | None = None
+    decays: tuple[DecaySite, ...] = ()
+    losses: tuple[LossSite, ...] = ()
+    amp_dtype: torch.dtype | None = None
+
+    def __call__(self, model: TunableModule, batch: Any) -> Tensor:
+        """Return the loss of ``batch`` without penalties, ``()``.
+
+        Raises:
+            ShapeError: The loss is not one number, or the batch is not ``(inputs, target)``.
+        """
+        device = model.hyperparameters.unconstrained.device
+        with self._autocast(device):
+            if self.forward_loss is not None:
+                return _scalar(self.forward_loss(model, batch), "forward_loss")
+            if not isinstance(batch, list | tuple) or len(batch) != 2:
+                raise ShapeError(
+                    f"batches must be (inputs, target) pairs, but got {type(batch).__name__}"
+                    f"{f' of length {len(batch)}' if isinstance(batch, list | tuple) else ''}. "
+                    f"Pass `forward_loss=fn(model, batch) -> scalar` for any other kind."
+                )
+            assert self.criterion is not None
+            return _scalar(self.criterion(model(batch[0]), batch[1]), "criterion")
+
+    def penalty(
+        self, model: TunableModule, batch: Any, perturbation: Perturbation
+    ) -> Tensor | float:
+        """Return all penalties of a perturbed training pass, averaged over the batch."""
+        constrained = perturbation.constrained
+        assert constrained is not None
+        space = model.hyperparameters
+        parameters = {n: p.detach() for n, p in model.general_parameters().items()}
+        total: Tensor | float = 0.0
+        responses = model.weight_responses()
+        for site in self.decays:
+            column = constrained[:, space.index(site.column)]
+            total = total + weight_decay(
+                column, site.parameters, parameters, responses, perturbation.response_input
+            )
+        for loss in self.losses:
+            if loss.penalty is not None:
+                total = total + loss.penalty(model, batch, space[loss.column]).mean()
+        return total
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.amp_dtype)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found.
+
+    Attributes:
+        loss: Detached, ``()``.
+        gradients: By name, in the order of the parameters they belong to.
+    """
+
+    loss: Tensor
+    gradients: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradients are all finite numbers."""
+        values = [self.loss, *self.gradients.values()]
+        return bool(torch.stack([torch.isfinite(value).all() for value in values]).all())
+
+
+def response_step(
+    model: TunableModule,
+    batches: Sequence[Any],
+    objective: Objective,
+    *,
+    linearized: bool = True,
+    fraction: float = 1.0,
+    forward: Forward | None = None,
+) -> StepResult:
+    """Return the gradient of the perturbed training loss for the response parameters.
+
+    Every example has its own perturbation; noise and penalties act at the perturbed values; general
+    parameters are constants. Several batches (gradient accumulation) count by their size.
+
+    Args:
+        model: In the mode the user trains in.
+        batches: Batches the general step saw.
+        objective: Training loss.
+        linearized: First-order predictions ([DeltaSTN] 3.13) or the perturbed weights' own (3.10).
+        fraction: Leading part of each batch that is used.
+        forward: Compiled stand-in for the forward function.
+    """
+    forward = forward or (linearized_forward if linearized else perturbed_forward)
+    parameters = model.response_parameters()
+    sizes = [_part(batch_size(batch), fraction) for batch in batches]
+    losses: list[Tensor] = []
+    gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for batch, size in zip(batches, sizes, strict=True):
+        weight = size / max(sum(sizes), 1)
+        batch = first_rows(to_device(batch, model), size)
+        perturbation = training_perturbation(model.hyperparameters, size)
+        with _running(model, forward, perturbation):
+            loss = objective(model, batch) + objective.penalty(model, batch, perturbation)
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for total, gradient in zip(gradients.values(), found, strict=True):
+            if gradient is not None:
+                total.add_(gradient, alpha=weight)
+        losses.append(loss.detach() * weight)
+    return StepResult(torch.stack(losses).sum(), gradients)
+
+
+def validation_step(
+    model: TunableModule,
+    batch: Any,
+    objective: Objective,
+    *,
+    entropy_weight: float = 0.0,
+    centred: bool = True,
+    forward: Forward | None = None,
+) -> StepResult:
+    """Return the gradient of the validation loss for lambda and sigma.
+
+    Eval mode, perturbed but not linearised, lambda_0 held fixed:
+    ``E L_V(f(x, r(lambda + epsilon, lambda_0))) - tau H``. Source: [DeltaSTN] Algorithm 1, Eq. 2.7.
+
+    Args:
+        model: Any mode; it is put back.
+        batch: Validation batch.
+        objective: Validation loss; its penalties are not used.
+        entropy_weight: tau.
+        centred: False for the uncentred [STN] parameterisation.
+        forward: Compiled stand-in for the forward function.
+
+    Returns:
+        The loss without the entropy term, and gradients ``"unconstrained"`` and ``"raw_scale"``.
+    """
+    space = model.hyperparameters
+    forward = forward or perturbed_forward
+    batch = to_device(batch, model)
+    perturbation = validation_perturbation(space, batch_size(batch), centred=centred)
+    with model.evaluating(), _running(model, forward, perturbation):
+        loss = objective(model, batch)
+    parameters = {"unconstrained": space.unconstrained, "raw_scale": space.raw_scale}
+    found = torch.autograd.grad(
+        loss - entropy_weight * space.entropy(), list(parameters.values()), materialize_grads=True
+    )
+    return StepResult(loss.detach(), dict(zip(parameters, found, strict=True)))
+
+
+def _running(
+    model: TunableModule, forward: Forward, perturbation: Perturbation
+) -> AbstractContextManager[None]:
+    def chosen(graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return forward(graph, args, kwargs, perturbation)
+
+    return model.running(chosen, perturbation.constrained)
+
+
+def to_device(batch: Any, model: TunableModule) -> Any:
+    """Move every tensor of ``batch`` to where the model is."""
+    device = model.hyperparameters.unconstrained.device
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def first_rows(batch: Any, size: int) -> Any:
+    """Keep the first ``size`` examples of every tensor that has the batch dimension."""
+    full = batch_size(batch)
+    if size >= full:
+        return batch
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[:size] if tensor.ndim and tensor.shape[0] == full else tensor
+
+    return tree_map_only(Tensor, cut, batch)
+
+
+def _part(full: int, fraction: float) -> int:
+    """Return the examples of a batch that are used: at least two, for BatchNorm, if there are."""
+    return min(full, max(2, round(full * fraction)))
+
+
+def _scalar(loss: Tensor, name: str) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ShapeError(
+            f"`{name}` must return one number, but got {got}. Use reduction='mean' or `.mean()`."
+        )
+    return loss.reshape(())

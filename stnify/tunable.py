@@ -1,0 +1,271 @@
+"""The model a conversion returns: the user's modules, and a graph that can be perturbed.
+
+In eval mode it *is* the user's model: the original ``forward`` runs. In train mode the graph runs at
+the current hyperparameters. Perturbed passes run the same graph, under ``running``.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from stnify.declare import HyperparameterSpace
+from stnify.errors import UsageError
+from stnify.layers import BiasResponse, HyperLayer, WeightResponse
+from stnify.streams import RandomStream
+
+PREFIX = "_stnify"
+"""Name under which a tunable model keeps everything that is not the user's."""
+
+Pass = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""``(graph, args, kwargs) -> prediction``: one way to run the graph."""
+
+
+class Tunables(nn.Module):
+    """What a conversion adds: hyperparameters, hyper layers, noise.
+
+    Attributes:
+        space: The hyperparameters.
+        layers: Hyper layers, by the qualified name of the layer they serve.
+        noises: Noise sites, by their place.
+        fixed: Noise nobody tunes, as modules that follow ``train()`` and ``eval()``.
+        constants: Tensors made while tracing.
+    """
+
+    def __init__(self, space: HyperparameterSpace) -> None:
+        super().__init__()
+        self.space = space
+        self.layers = nn.ModuleDict()
+        self.noises = nn.ModuleDict()
+        self.fixed = nn.ModuleDict()
+        self.constants = nn.Module()
+
+
+def insert(modules: nn.ModuleDict, name: str, module: nn.Module) -> str:
+    """Put ``module`` into ``modules`` under a free name close to ``name``, and return that name."""
+    stem = key = name.replace(".", "/") or "root"
+    while key in modules:
+        key = f"{stem}:{len(modules)}"
+    modules[key] = module
+    return key
+
+
+class TunableModule(nn.Module):
+    """Behaves as the user's model, and can be run with perturbed hyperparameters.
+
+    Submodules, parameters, buffers and their names are the user's own objects; attributes and methods
+    that this class does not have are looked up on the user's model. ``deepcopy`` and pickling work.
+
+    Args:
+        original: The user's model.
+        tunables: What was added.
+        stream: Where noise is drawn from.
+        uses: Name of each weight met by hyper layers, to their names and those of their biases.
+        fixed: Optional arguments of the original's forward, and the defaults they were traced with.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        tunables: Tunables,
+        stream: RandomStream,
+        uses: Mapping[str, Sequence[tuple[str, str | None]]],
+        fixed: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.training = original.training
+        state = self.__dict__
+        state["_original"] = original
+        state["_uses"] = {weight: tuple(layers) for weight, layers in uses.items()}
+        state["_fixed"] = dict(fixed)
+        state["_stream"] = stream
+        state["_graph"] = None
+        state["_running"] = None
+        state["_training_pass"] = None
+        state["_evaluation_pass"] = None
+        state["_compiled"] = {}
+        state["_current"] = (-1, None)
+        state["_inputs"] = None
+        state["_modules"] = {**original._modules, PREFIX: tunables}
+        state["_parameters"] = original._parameters
+        state["_buffers"] = original._buffers
+        state["_non_persistent_buffers_set"] = original._non_persistent_buffers_set
+        self.train(original.training)
+
+    def attach(self, graph: nn.Module) -> None:
+        """Run ``graph`` from now on; it sees this module's own tree."""
+        self.__dict__["_graph"] = graph
+        for registry in ("_modules", "_parameters", "_buffers"):
+            graph.__dict__[registry] = self.__dict__[registry]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            if original is None:
+                raise
+            return getattr(original, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        passing = {"_running": None, "_compiled": {}, "_current": (-1, None), "_inputs": None}
+        return {**self.__dict__, **passing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.attach(self.__dict__["_graph"])
+
+    @property
+    def tunables(self) -> Tunables:
+        """What the conversion added."""
+        return cast(Tunables, self._modules[PREFIX])
+
+    @property
+    def hyperparameters(self) -> HyperparameterSpace:
+        """The hyperparameters."""
+        return self.tunables.space
+
+    @property
+    def hyper_layers(self) -> dict[str, HyperLayer]:
+        """Hyper layers by name."""
+        return cast(dict[str, HyperLayer], dict(self.tunables.layers.items()))
+
+    def general_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the user's own parameters, by the user's names."""
+        prefix = f"{PREFIX}."
+        return {n: p for n, p in self.named_parameters() if not n.startswith(prefix)}
+
+    def response_parameters(self) -> dict[str, nn.Parameter]:
+        """Return Theta, by name."""
+        prefix = f"{PREFIX}.layers."
+        return {n: p for n, p in self.named_parameters() if n.startswith(prefix)}
+
+    def users(self) -> dict[str, list[HyperLayer]]:
+        """Return, by the name of each weight, the hyper layers it meets."""
+        layers = self.hyper_layers
+        return {weight: [layers[key] for key, _ in keys] for weight, keys in self._uses.items()}
+
+    def weight_responses(self) -> dict[str, WeightResponse]:
+        """Return the response of each weight that has one, by the weight's name."""
+        first = {weight: layers[0].weight_response for weight, layers in self.users().items()}
+        return {weight: response for weight, response in first.items() if response is not None}
+
+    def bias_responses(self) -> dict[str, BiasResponse]:
+        """Return the response of each bias that has one, by the bias's name."""
+        used = [(layer, bias) for calls in self._uses.values() for layer, bias in calls if bias]
+        found = {bias: self.hyper_layers[layer].bias_response for layer, bias in used}
+        return {bias: response for bias, response in found.items() if response is not None}
+
+    def train(self, mode: bool = True) -> "TunableModule":
+        """Set the mode here and on the user's model."""
+        super().train(mode)
+        self._original.training = mode
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict: ordinary training at the current hyperparameters, or the original in eval mode."""
+        chosen = self._running or (self._training_pass if self.training else self._evaluation_pass)
+        if chosen is None and not self.training:
+            return self._compiled.get("evaluation", self._original)(*args, **kwargs)
+        self._refuse_other_arguments(args, kwargs)
+        if self._inputs == () and self.training and not torch.compiler.is_compiling():
+            self.__dict__["_inputs"] = (args, kwargs)
+        if chosen is not None:
+            return chosen(self._graph, args, kwargs)
+        graph = self._compiled.get("general", self._graph)
+        with self._noise_stream():
+            return graph(*args, **kwargs, constrained=self.current())
+
+    def remember_inputs(self) -> None:
+        """Keep the inputs of the next training pass until they are taken."""
+        self.__dict__["_inputs"] = ()
+
+    def remembered_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return the inputs kept, if a pass has been made, and let go of them."""
+        inputs = self._inputs or None
+        if inputs is not None:
+            self.__dict__["_inputs"] = None
+        return cast(tuple[tuple[Any, ...], dict[str, Any]] | None, inputs)
+
+    def _refuse_other_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise UsageError if an optional argument differs from the default it was traced with."""
+        fixed = self._fixed
+        if not fixed or (not kwargs and len(args) == 1):
+            return
+        given = inspect.signature(self._original.forward).bind(*args, **kwargs).arguments
+        for name in fixed.keys() & given.keys():
+            if given[name] is not fixed[name] and given[name] != fixed[name]:
+                raise UsageError(
+                    f"argument {name!r} of {type(self._original).__name__}.forward must keep its "
+                    f"default {fixed[name]!r} in training, because the graph was traced with it, "
+                    f"but got {given[name]!r}. Make it required, or set it on the model instead."
+                )
+
+    def run_by(self, training: Pass, evaluation: Pass) -> None:
+        """Run train and eval mode by these passes instead of the ordinary ones."""
+        self.__dict__["_training_pass"] = training
+        self.__dict__["_evaluation_pass"] = evaluation
+
+    def compile_passes(self) -> None:
+        """Compile train and eval mode; names and the user's own modules stay as they are."""
+        self.__dict__["_compiled"] = {
+            "general": torch.compile(self._graph),
+            "evaluation": torch.compile(self._original),
+        }
+
+    def current(self) -> Tensor:
+        """Return the constrained hyperparameters ``(h,)``, computed once for each change of them."""
+        if torch.compiler.is_compiling():
+            return self.hyperparameters.current
+        unconstrained = self.hyperparameters.unconstrained
+        key = (unconstrained._version, unconstrained.data_ptr())
+        if self._current[0] != key:
+            self.__dict__["_current"] = (key, self.hyperparameters.current)
+        return cast(Tensor, self._current[1])
+
+    def _noise_stream(self) -> Any:
+        """Draw noise from stnify's own stream, unless there is none or a compiler is tracing."""
+        if not self.tunables.noises or torch.compiler.is_compiling():
+            return nullcontext()
+        return self._stream.active()
+
+    @contextmanager
+    def running(self, chosen: Pass, constrained: Tensor | None) -> Iterator[None]:
+        """Run every forward call of the body by ``chosen``.
+
+        Args:
+            chosen: How to run the graph.
+            constrained: What ``hyperparameters[name]`` reads meanwhile, ``(batch, h)``.
+        """
+        before = self._running, self.hyperparameters.active
+        self.__dict__["_running"], self.hyperparameters.active = chosen, constrained
+        try:
+            yield
+        finally:
+            self.__dict__["_running"], self.hyperparameters.active = before
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put every module in eval mode, then each back in the mode it had."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(modes[0][1])
+            for module, training in modes:
+                module.training = training
+
+    @contextmanager
+    def buffers_restored(self) -> Iterator[None]:
+        """Undo what the body does to buffers."""
+        before = [(buffer, buffer.clone()) for buffer in self.buffers()]
+        try:
+            yield
+        finally:
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

@@ -1,0 +1,325 @@
+"""7b. When each step happens: what follows a general step, and what is due when."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from stnify.errors import UsageError
+from stnify.loaders import EndlessLoader
+from stnify.optimizer import Decays
+from stnify.schedule import History, Record
+from stnify.step import Forward, Objective, StepResult, response_step, validation_step
+from stnify.streams import RandomStream
+from stnify.tunable import TunableModule
+from stnify.uncentred import UncentredTraining, uncentred_evaluation
+from stnify.verify import layouts, set_layouts, verify
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of methods.
+
+    Attributes:
+        response: How predictions of the response step are made; None if there is none.
+        centred: Hyper layers receive epsilon rather than lambda + epsilon.
+        tunes: Whether lambda and sigma move by validation steps.
+    """
+
+    response: Literal["linearized", "perturbed"] | None
+    centred: bool = True
+    tunes: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "delta": Method("linearized"),  # [DeltaSTN] Algorithm 1
+    "centered": Method("perturbed"),  # [DeltaSTN] 3.9, 3.10
+    "stn": Method(None, centred=False),  # [STN], [DeltaSTN] Algorithm 2: one joint update
+    "fixed": Method(None, tunes=False),  # the baselines
+}
+"""Name to method."""
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often, and how much of, each step runs.
+
+    Attributes:
+        train_steps: Training steps between validation steps.
+        valid_steps: Validation steps each time.
+        warmup_steps: Training steps before the first validation step.
+        response_fraction: Leading part of each batch that the response step uses.
+        entropy_weight: tau.
+        tune_scale: Whether sigma moves.
+    """
+
+    train_steps: int = 5
+    valid_steps: int = 1
+    warmup_steps: int = 100
+    response_fraction: float = 1.0
+    entropy_weight: float = 1e-3
+    tune_scale: bool = True
+
+    def __post_init__(self) -> None:
+        rules = {
+            "train_steps >= 1": self.train_steps >= 1,
+            "valid_steps >= 1": self.valid_steps >= 1,
+            "warmup_steps >= 0": self.warmup_steps >= 0,
+            "0 < response_fraction <= 1": 0 < self.response_fraction <= 1,
+            "0 <= entropy_weight < inf": 0 <= self.entropy_weight < math.inf,
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise UsageError(f"`{broken[0]}` must hold, but got {self}.")
+
+
+@dataclass
+class Counters:
+    """What has happened so far.
+
+    Attributes:
+        training_steps: General steps taken.
+        validation_steps: Validation steps taken, skipped ones included.
+        skipped: Validation steps whose loss or hypergradient was not finite.
+    """
+
+    training_steps: int = 0
+    validation_steps: int = 0
+    skipped: int = 0
+
+
+@dataclass
+class Tuner:
+    """Decides after each general step what else runs, and keeps the record.
+
+    Attributes:
+        model: The tunable model.
+        objective: Training loss; validation uses it without penalties.
+        method: What the steps are.
+        cadence: How often they run.
+        hyper_optimizer: Moves lambda and sigma.
+        validation: Endless validation batches, if a loader was given.
+        stream: Random numbers for perturbations and masks.
+        schedule: Values to replay, for ``method="fixed"``.
+        jitter: Moves fixed values about, step by step: ``(unconstrained, step) -> unconstrained``.
+        forwards: Compiled stand-ins for the forward functions, by step.
+        frozen: Validation steps are off.
+    """
+
+    model: TunableModule
+    objective: Objective
+    method: Method
+    cadence: Cadence
+    hyper_optimizer: Optimizer
+    validation: EndlessLoader | None
+    stream: RandomStream
+    schedule: History | None = None
+    jitter: Callable[[Tensor, int], Tensor] | None = None
+    forwards: dict[str, Forward] = field(default_factory=dict)
+    verify_inputs: bool = True
+    counters: Counters = field(default_factory=Counters)
+    history: History = field(default_factory=History)
+    frozen: bool = False
+    observed: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._centre = self.model.hyperparameters.unconstrained.detach().clone()
+        self._uncentred = None if self.method.centred else UncentredTraining(self.stream)
+        if self._uncentred is not None:
+            self.model.run_by(self._uncentred, uncentred_evaluation)
+        if not self.method.tunes:
+            self._set_fixed_values()
+        self._floats = self.model.hyperparameters.values()
+        self._record(math.nan)
+        if self.verify_inputs:
+            self.model.remember_inputs()
+
+    # Observing ------------------------------------------------------------------------------------
+
+    def observe(self, batch: Any) -> None:
+        """Remember a training batch until the next optimizer step; ignored in eval mode."""
+        if self.model.training and torch.is_grad_enabled():
+            self.observed.append(batch)
+
+    def before_general_step(self) -> None:
+        """Check that the loop made every call it has to.
+
+        Raises:
+            UsageError: No batch was observed, or the loss does not use a declared hyperparameter.
+        """
+        if self.method.response is not None and not self.observed:
+            raise UsageError(
+                "optimizer.step() needs the batches since the last step, but none was observed. "
+                "Iterate over the train_loader that stnify returned, or call "
+                "stn.observe(batch) before optimizer.step()."
+            )
+        self._refuse_unused()
+        inputs = self.model.remembered_inputs() if self.verify_inputs else None
+        if inputs is not None:
+            self.verify(*inputs)
+
+    def _refuse_unused(self) -> None:
+        if self.counters.training_steps:
+            return
+        read = self.model.hyperparameters.read
+        unused = [site.column for site in self.objective.losses if site.column not in read]
+        if unused:
+            raise UsageError(
+                f"hyperparameter {unused[0]!r} was declared but the training loss never used it. "
+                f"Compute the loss with `stn.criterion(model(x), y)` if it has a penalty, or read "
+                f"`stn.hyperparameters[{unused[0]!r}]` inside your criterion or forward_loss."
+            )
+
+    def verify(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Prove the conversion on these inputs, once."""
+        verify(self.model, args, kwargs)
+        self.verify_inputs = False
+
+    # Stepping -------------------------------------------------------------------------------------
+
+    def decays(self) -> Decays:
+        """Return what tuned decay adds to each gradient in the general step."""
+        parameters = self.model.general_parameters()
+        sites = self.objective.decays
+        if not sites:
+            return {}
+        if self._uncentred is not None:
+            return self._uncentred.decay_gradients(self.model, sites)
+        return {parameters[n]: self._floats[s.column] for s in sites for n in s.parameters}
+
+    def after_general_step(self, optimizer: Optimizer) -> None:
+        """Take the response step, and validation steps if they are due.
+
+        Args:
+            optimizer: Of the response parameters.
+        """
+        batches, self.observed = self.observed, []
+        if self._uncentred is not None:
+            self._uncentred.forget(self.model.hyperparameters)
+        if self.method.response is not None:
+            with self.stream.active():
+                self._respond(batches, optimizer)
+        self.counters.training_steps += 1
+        steps = self.counters.training_steps
+        if not self.method.tunes:
+            if self.schedule is not None or self.jitter is not None:
+                self._set_fixed_values()
+                self._floats = self.model.hyperparameters.values()
+                self._record(math.nan)
+        elif steps > self.cadence.warmup_steps and steps % self.cadence.train_steps == 0:
+            self._tune()
+
+    def _respond(self, batches: Sequence[Any], optimizer: Optimizer) -> None:
+        result = response_step(
+            self.model,
+            batches,
+            self.objective,
+            linearized=self.method.response == "linearized",
+            fraction=self.cadence.response_fraction,
+            forward=self.forwards.get("response"),
+        )
+        parameters = self.model.response_parameters()
+        for name, gradient in result.gradients.items():
+            parameters[name].grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _tune(self) -> None:
+        if self.frozen or self.validation is None:
+            return
+        for _ in range(self.cadence.valid_steps):
+            self.validate(self.validation.next())
+
+    def validate(self, batch: Any) -> StepResult:
+        """Take one validation step on ``batch``: move lambda and sigma, and record them.
+
+        A loss or gradient that is not finite moves nothing, is counted, and is warned of once.
+        """
+        with self.stream.active():
+            result = validation_step(
+                self.model,
+                batch,
+                self.objective,
+                entropy_weight=self.cadence.entropy_weight,
+                centred=self.method.centred,
+                forward=self.forwards.get("validation"),
+            )
+        self.counters.validation_steps += 1
+        if result.is_finite:
+            self._move(result)
+        else:
+            self._skip(result)
+        self._floats = self.model.hyperparameters.values()
+        self._record(float(result.loss))
+        return result
+
+    def _move(self, result: StepResult) -> None:
+        space = self.model.hyperparameters
+        space.unconstrained.grad = result.gradients["unconstrained"]
+        space.raw_scale.grad = result.gradients["raw_scale"] if self.cadence.tune_scale else None
+        self.hyper_optimizer.step()
+        self.hyper_optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _set_fixed_values(self) -> None:
+        """Hold the start, or the schedule's values at this step, and jitter about them."""
+        space, step = self.model.hyperparameters, self.counters.training_steps
+        if self.schedule is not None:
+            space.set_values(self.schedule.at(step))
+            self._centre = space.unconstrained.detach().clone()
+        if self.jitter is not None:
+            with self.stream.active():
+                space.unconstrained.copy_(self.jitter(self._centre, step))
+
+    def _skip(self, result: StepResult) -> None:
+        self.counters.skipped += 1
+        if self.counters.skipped == 1:
+            warnings.warn(
+                f"validation step {self.counters.validation_steps} was skipped: its loss "
+                f"({float(result.loss)}) or hypergradient is not finite. Hyperparameters stay as "
+                f"they are; later skips are counted in stn.counters.skipped without a warning.",
+                stacklevel=2,
+            )
+
+    def _record(self, validation_loss: float) -> None:
+        space = self.model.hyperparameters
+        step = self.counters.training_steps
+        self.history.append(Record(step, space.values(), space.scales(), validation_loss))
+
+    # State ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counters, history, random streams, lambda's optimizer: all but the model."""
+        return {
+            "counters": dict(vars(self.counters)),
+            "history": self.history.to_dict(),
+            "stream": self.stream.state_dict(),
+            "validation": None if self.validation is None else self.validation.state_dict(),
+            "hyper_optimizer": self.hyper_optimizer.state_dict(),
+            "frozen": self.frozen,
+            "centre": self._centre.clone(),
+            "verify_inputs": self.verify_inputs,
+            "layouts": layouts(self.model),
+            "read": sorted(self.model.hyperparameters.read),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what ``state_dict`` returned; the model's own state is loaded before."""
+        self.counters = Counters(**state["counters"])
+        self.history = History.from_dict(state["history"])
+        self.stream.load_state_dict(state["stream"])
+        if self.validation is not None and state["validation"] is not None:
+            self.validation.load_state_dict(state["validation"])
+        self.hyper_optimizer.load_state_dict(state["hyper_optimizer"])
+        self.frozen = state["frozen"]
+        self._centre = state["centre"].to(self._centre)
+        self.verify_inputs = state["verify_inputs"]
+        set_layouts(self.model, state["layouts"])
+        self.model.hyperparameters.read.update(state["read"])
+        self.observed = []
+        self._floats = self.model.hyperparameters.values()

@@ -1,0 +1,85 @@
+"""5b. The passes of ``method="stn"``: hyper layers receive lambda itself, in training and in eval.
+
+This is the parameterisation of MacKay et al. (ICLR 2019), where the user's own backward pass trains
+general and response parameters at once, [DeltaSTN] Algorithm 2.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from stnify.declare import HyperparameterSpace
+from stnify.penalties import weight_decay
+from stnify.perturb import Perturbation, training_perturbation
+from stnify.plan import DecaySite
+from stnify.rows import batch_size
+from stnify.streams import RandomStream
+from stnify.tunable import PREFIX, TunableModule
+
+
+class UncentredTraining:
+    """Trains at ``lambda + epsilon``, and remembers each draw until the optimizer steps.
+
+    Args:
+        stream: Where perturbations and masks are drawn from.
+
+    Attributes:
+        drawn: Perturbations since the last step, for the penalties.
+    """
+
+    def __init__(self, stream: RandomStream) -> None:
+        self.stream = stream
+        self.drawn: list[Perturbation] = []
+
+    def __call__(
+        self, graph: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run the graph perturbed, differentiably in general and response parameters."""
+        space = _space(graph)
+        with self.stream.active():
+            perturbation = training_perturbation(space, batch_size((args, kwargs)), centred=False)
+            self.drawn.append(perturbation)
+            space.active = perturbation.constrained
+            return graph(*args, **kwargs, **perturbation._asdict())
+
+    def decay_gradients(
+        self, model: TunableModule, sites: tuple[DecaySite, ...]
+    ) -> dict[nn.Parameter, Tensor]:
+        """Return the gradient of all weight decays over the draws since the last step."""
+        general = model.general_parameters()
+        responses = model.weight_responses()
+        parameters = [general[name] for site in sites for name in site.parameters]
+        parameters += [p for p in model.response_parameters().values() if p.requires_grad]
+        rows = sum(len(draw.response_input) for draw in self.drawn)
+        total = torch.zeros((), device=model.hyperparameters.unconstrained.device)
+        with torch.enable_grad():
+            for draw in self.drawn:
+                assert draw.constrained is not None
+                for site in sites:
+                    coefficient = draw.constrained[:, model.hyperparameters.index(site.column)]
+                    penalty = weight_decay(
+                        coefficient, site.parameters, general, responses, draw.response_input
+                    )
+                    total = total + penalty * (len(draw.response_input) / rows)
+        found = torch.autograd.grad(total, parameters, materialize_grads=True)
+        return dict(zip(parameters, found, strict=True))
+
+    def forget(self, space: HyperparameterSpace) -> None:
+        """Drop the draws after an optimizer step."""
+        self.drawn.clear()
+        space.active = None
+
+
+def uncentred_evaluation(
+    graph: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run the graph at lambda, unperturbed and without noise."""
+    batch = batch_size((args, kwargs))
+    response_input = _space(graph).unconstrained.detach().expand(batch, -1)
+    return graph(*args, **kwargs, response_input=response_input)
+
+
+def _space(graph: Any) -> HyperparameterSpace:
+    return cast(HyperparameterSpace, graph.get_submodule(PREFIX).space)
