@@ -115,7 +115,7 @@ class STN:
         return loss
 
     def observe(self, batch: Any) -> None:
-        """Tell stnify the batch the next ``optimizer.step()`` is about; for loops without a loader."""
+        """Tell stnify the batch of the next ``optimizer.step()``; for loops without a loader."""
         self._tuner.observe(batch)
 
     def step(self, batch: Any) -> float:
@@ -179,7 +179,7 @@ class STN:
         self._tuner.load_state_dict(state["tuner"])
 
     def save(self, path: str | Path) -> None:
-        """Write ``state_dict()`` to ``path``; read it with ``torch.load(path, weights_only=True)``."""
+        """Write ``state_dict()`` to ``path``; ``torch.load(path, weights_only=True)`` reads it."""
         torch.save(self.state_dict(), path)
 
     def _require_optimizer(self) -> STNOptimizer:

@@ -1,7 +1,7 @@
 """8b. ``stnify()``: all stages in a row, behind checks of what was passed."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,8 @@ from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, 
 from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
 from stnify.optimizer import STNOptimizer
-from stnify.plan import Plan, ResponseKind, make_plan
+from stnify.plan import Plan, ResponseKind
+from stnify.planning import make_plan
 from stnify.rewrite import rewrite
 from stnify.schedule import History
 from stnify.step import Forward, Objective
@@ -84,8 +85,8 @@ def stnify(
         scale: Initial perturbation scale sigma, unconstrained units.
         tune_scale: Whether sigma moves.
         entropy_weight: tau, which keeps sigma from collapsing.
-        hyper_optimizer: ``[lambda, sigma] -> optimizer``; RMSprop by default, learning rate 0.01, or
-            so much more that lambda can cross its range in ``total_steps``.
+        hyper_optimizer: ``[lambda, sigma] -> optimizer``; RMSprop by default, learning rate 0.01,
+            or so much more that lambda can cross its range in ``total_steps``.
         response_lr: Learning rate of the response parameters relative to the general ones.
         exclude: Layers that get no response, by pattern or type.
         leaves: Modules not to trace through, by pattern or type.
@@ -198,19 +199,19 @@ def _refuse_model(model: nn.Module) -> None:
         )
     if isinstance(model, TunableModule):
         raise UsageError(
-            "`model` was converted already. Convert `stn.export()`, or the original model, with all "
-            "hyperparameters in one call."
+            "`model` was converted already. Convert `stn.export()`, or the original model, with "
+            "all hyperparameters in one call."
         )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise UnsupportedModuleError(
-                f"every parameter must be materialised, but {name!r} is lazy. Run one batch through "
-                f"the model first."
+                f"every parameter must be materialised, but {name!r} is lazy. Run one batch "
+                f"through the model first."
             )
         if tensor.is_meta:
             raise UnsupportedModuleError(
-                f"every parameter must hold data, but {name!r} is on the meta device. Move the model "
-                f'with `model.to_empty(device="cpu")` and initialise it first.'
+                f"every parameter must hold data, but {name!r} is on the meta device. Move the "
+                f'model with `model.to_empty(device="cpu")` and initialise it first.'
             )
 
 
@@ -224,8 +225,8 @@ def _refuse_arguments(
 ) -> None:
     if optimizer is not None and criterion is None and forward_loss is None:
         raise UsageError(
-            "`criterion` must be given with an optimizer, because the response and validation steps "
-            "compute losses themselves. Pass the criterion of your loop, or "
+            "`criterion` must be given with an optimizer, because the response and validation "
+            "steps compute losses themselves. Pass the criterion of your loop, or "
             "`forward_loss=fn(model, batch) -> scalar`."
         )
     for name, function in (("criterion", criterion), ("forward_loss", forward_loss)):
@@ -243,7 +244,7 @@ def _refuse_empty(loader: Iterable[Any] | None, name: str) -> None:
         return
     if not hasattr(loader, "__iter__"):
         raise UsageError(f"`{name}` must be iterable, but got {type(loader).__name__}.")
-    if hasattr(loader, "__len__") and len(loader) == 0:
+    if isinstance(loader, Sized) and len(loader) == 0:
         raise UsageError(
             f"`{name}` must yield at least one batch, but its length is 0. Check the dataset's "
             f"length against batch_size and drop_last."
@@ -263,7 +264,8 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         raise UnsupportedModuleError(
-            f"the model must be on one device, but its parameters are on {sorted(map(str, devices))}."
+            f"the model must be on one device, but its parameters are on "
+            f"{sorted(map(str, devices))}."
         )
     double = any(parameter.dtype is torch.float64 for parameter in model.parameters())
     device = devices.pop() if devices else torch.device("cpu")
@@ -294,11 +296,11 @@ def _hyper_optimizer(
 
 
 CROSSING = 12.0
-"""Unconstrained distance from one practical end of a range to the other, e.g. sigmoid(-6) to (6)."""
+"""Unconstrained distance between the practical ends of a range: sigmoid(-6) to sigmoid(6)."""
 
 
 def _step_size(total_steps: int | None, cadence: Cadence) -> float:
-    """Return lambda's step size: the papers' 0.01, more if the run is too short to cross a range."""
+    """Return lambda's step size: the papers' 0.01, or more if that cannot cross a range in time."""
     if total_steps is None:
         return 0.01
     tuned = max(total_steps - cadence.warmup_steps, 1)
@@ -328,7 +330,7 @@ JITTERS: dict[str, Callable[[float], Callable[[Tensor, int], Tensor]]] = {
 
 
 def _mix(seed: int, stream: int) -> int:
-    """Return a seed for one of stnify's streams, different for each process of a distributed run."""
+    """Return a seed for one of stnify's streams, another one for each distributed process."""
     rank = 0
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank = torch.distributed.get_rank()

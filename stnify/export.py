@@ -11,11 +11,10 @@ from stnify.tunable import TunableModule
 def export(model: TunableModule) -> nn.Module:
     """Return a copy of the user's model with its trained weights and nothing of stnify in it.
 
-    Its outputs in eval mode are those of the tunable model, bit for bit: the response is zero at the
-    current hyperparameters. The copy is in the mode ``model`` is in.
+    Its outputs in eval mode are those of the tunable model, bit for bit: the response is zero at
+    the current hyperparameters. The copy is in the mode ``model`` is in.
     """
-    plain = copy.deepcopy(model._original)
-    return plain
+    return copy.deepcopy(model._original)
 
 
 @torch.no_grad()
@@ -30,7 +29,7 @@ def export_folded(model: TunableModule) -> nn.Module:
     unconstrained = model.hyperparameters.unconstrained
     general = dict(model.named_parameters(remove_duplicate=False))
     for name, response in model.weight_responses().items():
-        parameters[name] += response.materialise(general[name], unconstrained)
+        parameters[name].add_(response.materialise(general[name], unconstrained))
     for name, bias_response in model.bias_responses().items():
-        parameters[name] += bias_response(general[name], unconstrained[None])[0]
+        parameters[name].add_(bias_response(general[name], unconstrained[None])[0])
     return plain

@@ -1,9 +1,9 @@
 """5. Predict through the best-response Jacobian: ``f(x, w0) + J_yw Theta epsilon``.
 
 One forward pass carries every activation as a dual number. Each hyper layer adds its response to
-the tangent, PyTorch's forward-mode differentiation carries it on, and the two parts are added at the
-end, so they share every dropout mask. Source: [DeltaSTN] Eqs. 3.12, 3.13; same value as the double
-backward of the official ``utils/linearize_utils.py``, which fails with BatchNorm.
+the tangent, PyTorch's forward-mode differentiation carries it on, and the two parts are added at
+the end, so they share every dropout mask. Source: [DeltaSTN] Eqs. 3.12, 3.13; same value as the
+double backward of the official ``utils/linearize_utils.py``, which fails with BatchNorm.
 """
 
 from collections.abc import Callable, Mapping, Sequence

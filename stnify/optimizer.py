@@ -110,7 +110,7 @@ class STNOptimizer(Optimizer):
         self.base.zero_grad(set_to_none)
         self.response.zero_grad(set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take the general step; then the response step and, when it is due, the validation step.
 
         Args:

@@ -21,7 +21,7 @@ def weight_decay(
     responses: Mapping[str, Any],
     response_input: Tensor,
 ) -> Tensor:
-    r"""Return :math:`\frac{1}{2} c_i \lVert w_0 + \Theta\epsilon_i \rVert^2`, averaged over the batch.
+    r"""Return the batch mean of :math:`\frac{1}{2} c_i \lVert w_0 + \Theta\epsilon_i \rVert^2`.
 
     Exact for each example's own perturbed weights, without building them.
 

@@ -206,7 +206,7 @@ def _keep_modes(graph: fx.Graph, tunables: Tunables) -> None:
 
 def _without_dropout(node: fx.Node) -> tuple[float, tuple[tuple[Any, ...], dict[str, Any]]]:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    arguments: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     dropout_p = arguments.pop("dropout_p", 0.0)
     query, key, value = (arguments.pop(name) for name in names[:3])
     return dropout_p, ((query, key, value), arguments)

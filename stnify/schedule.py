@@ -134,7 +134,7 @@ class History:
         steps = [record.step for record in self.records]
         rows = len(self.names) + 1
         figure = Figure(figsize=(7, 1.6 * rows), layout="constrained")
-        axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+        axes: Any = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
         for axis, name in zip(axes, self.names, strict=False):
             axis.plot(steps, [record.values[name] for record in self.records])
             axis.set_ylabel(name.replace(".", ".\u200b"))

@@ -1,8 +1,8 @@
 """2. Trace a model into a graph, without changing the model.
 
-A module is a leaf of the graph if it comes from ``torch.nn``, is a normalisation or dropout, or holds
-no weight of two or more dimensions; all others are traced through, so that the layers inside them
-become visible. A module that cannot be traced through becomes a leaf as well, with the reason.
+A module is a leaf of the graph if it comes from ``torch.nn``, is a normalisation or dropout, or
+holds no weight of two or more dimensions; all others are traced through, so that the layers inside
+them become visible. A module that cannot be traced through becomes a leaf as well, with the reason.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -156,6 +156,12 @@ class SiteTracer(fx.Tracer):
             self.outputs[other] = kept
             if not kept:
                 del self.outputs[other]
+
+
+def caller(node: fx.Node) -> str:
+    """Qualified name of the module whose forward made ``node``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((name for name, _ in reversed(list(stack.values()))), "") or node.name
 
 
 @contextmanager

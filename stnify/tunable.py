@@ -1,7 +1,7 @@
 """The model a conversion returns: the user's modules, and a graph that can be perturbed.
 
-In eval mode it *is* the user's model: the original ``forward`` runs. In train mode the graph runs at
-the current hyperparameters. Perturbed passes run the same graph, under ``running``.
+In eval mode it *is* the user's model: the original ``forward`` runs. In train mode the graph runs
+at the current hyperparameters. Perturbed passes run the same graph, under ``running``.
 """
 
 import inspect
@@ -56,8 +56,9 @@ def insert(modules: nn.ModuleDict, name: str, module: nn.Module) -> str:
 class TunableModule(nn.Module):
     """Behaves as the user's model, and can be run with perturbed hyperparameters.
 
-    Submodules, parameters, buffers and their names are the user's own objects; attributes and methods
-    that this class does not have are looked up on the user's model. ``deepcopy`` and pickling work.
+    Submodules, parameters, buffers and their names are the user's own objects; attributes and
+    methods that this class does not have are looked up on the user's model. ``deepcopy`` and
+    pickling work.
 
     Args:
         original: The user's model.
@@ -111,7 +112,12 @@ class TunableModule(nn.Module):
             return getattr(original, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = {"_running": None, "_compiled": {}, "_current": (-1, None), "_inputs": None}
+        passing: dict[str, Any] = {
+            "_running": None,
+            "_compiled": {},
+            "_current": (-1, None),
+            "_inputs": None,
+        }
         return {**self.__dict__, **passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -166,7 +172,7 @@ class TunableModule(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict: ordinary training at the current hyperparameters, or the original in eval mode."""
+        """Predict: train at the current hyperparameters, or be the original in eval mode."""
         chosen = self._running or (self._training_pass if self.training else self._evaluation_pass)
         if chosen is None and not self.training:
             return self._compiled.get("evaluation", self._original)(*args, **kwargs)
@@ -217,7 +223,7 @@ class TunableModule(nn.Module):
         }
 
     def current(self) -> Tensor:
-        """Return the constrained hyperparameters ``(h,)``, computed once for each change of them."""
+        """Return the constrained hyperparameters ``(h,)``, computed anew when they changed."""
         if torch.compiler.is_compiling():
             return self.hyperparameters.current
         unconstrained = self.hyperparameters.unconstrained

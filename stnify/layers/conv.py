@@ -106,7 +106,7 @@ class TransposedConvolution:
 
     def _output_padding(self, inputs: Tensor) -> Sequence[int]:
         if self.output_size is None:
-            return self.output_padding  # type: ignore[return-value]
+            return self.output_padding
         dims = len(self.kernel_size)
         return [
             wanted - ((size - 1) * stride - 2 * int(pad) + dilation * (kernel - 1) + 1)

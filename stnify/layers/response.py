@@ -3,7 +3,7 @@
 Sizes below: ``h`` hyperparameters, ``n`` gated units (output units or channels; embedding width).
 """
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ def fan_in_bound(weight: Tensor) -> float:
 
 
 def _fresh_weight(weight: Tensor) -> Tensor:
-    return cast(Tensor, nn.init.kaiming_uniform_(torch.empty_like(weight), a=5**0.5))
+    return nn.init.kaiming_uniform_(torch.empty_like(weight), a=5**0.5)
 
 
 def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -41,7 +41,7 @@ class FixedScaledDotProductAttention(nn.Module):
         super().__init__()
         self.dropout_p = dropout_p
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Attend; arguments are those of ``F.scaled_dot_product_attention`` less ``dropout_p``."""
-        dropout_p = self.dropout_p if self.training else 0.0
-        return F.scaled_dot_product_attention(*args, dropout_p=dropout_p, **kwargs)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+        """Attend; other arguments are those of the function, less ``dropout_p``."""
+        arguments["dropout_p"] = self.dropout_p if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, **arguments)

@@ -1,0 +1,101 @@
+"""2c. Understand: from a traced graph and declarations to a plan."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import nn
+
+from stnify.declare import Column, Decay, Declaration, LossTerm, Pattern, Site, refuse_duplicates
+from stnify.errors import DeclarationError, UnsupportedModuleError
+from stnify.plan import DecaySite, LossSite, NoiseSite, Plan, ResponseKind
+from stnify.planning.decay import decay_sites
+from stnify.planning.noise import noise_sites
+from stnify.planning.weights import WEIGHT_MODULES, count_responses, weight_sites
+from stnify.trace import Traced
+
+
+def make_plan(
+    model: nn.Module,
+    traced: Traced,
+    declared: Sequence[Declaration],
+    *,
+    response: ResponseKind = "full",
+    exclude: Pattern = (),
+    scale: float = 1.0,
+    responds: bool = True,
+) -> Plan:
+    """Find every site of ``declared`` in ``traced`` and every weight that can respond.
+
+    Args:
+        model: The model that was traced.
+        traced: Its graph.
+        declared: Hyperparameters.
+        response: ``"full"`` or ``"gate"``.
+        exclude: Layers that get no response, by pattern or type.
+        scale: Default perturbation scale, unconstrained units.
+        responds: False for ``method="fixed"``, where no weight needs a response.
+
+    Raises:
+        DeclarationError: A pattern matches nothing, or two declarations claim one place.
+        UnsupportedModuleError: No layer can respond.
+    """
+    weights, refusals = weight_sites(model, traced, exclude) if responds else ([], [])
+    if responds and not any(site.weight_responds or site.bias_responds for site in weights):
+        kinds = sorted({*WEIGHT_MODULES.values()})
+        refused = "; ".join(f"{r.name}: {r.reason}" for r in refusals) or "it has no such layer"
+        raise UnsupportedModuleError(
+            f"{type(model).__name__} must hold at least one trainable layer that can respond "
+            f"({', '.join(kinds)}), but there is none to rewrite: {refused}."
+        )
+    columns: list[Column] = []
+    noises: list[NoiseSite] = []
+    decays: list[DecaySite] = []
+    losses: list[LossSite] = []
+    for declaration in declared:
+        match declaration:
+            case Site():
+                resolved, found = noise_sites(model, traced, declaration, scale)
+                noises += found
+            case Decay():
+                resolved, decayed = decay_sites(model, declaration, scale)
+                decays += decayed
+            case LossTerm():
+                resolved = [Column.of(declaration, declaration.name, 0.0, scale)]
+                losses.append(LossSite(declaration.name, declaration.penalty))
+            case _:
+                raise DeclarationError(
+                    f"{declaration!r} must be a Site, a Decay or a LossTerm to have a place."
+                )
+        columns += resolved
+    refuse_duplicates(column.name for column in columns)
+    _refuse_shared_places(noises, decays)
+    return Plan(
+        columns=tuple(columns),
+        weights=tuple(count_responses(model, weights, len(columns), response)),
+        noises=tuple(noises),
+        decays=tuple(decays),
+        losses=tuple(losses),
+        refusals=tuple(refusals),
+        response=response,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        traced=traced,
+    )
+
+
+def _refuse_shared_places(noises: Sequence[NoiseSite], decays: Sequence[DecaySite]) -> None:
+    claims = [(site.place, site.node, site.kind, site.name) for site in noises]
+    twice = [claim for claim, count in Counter(claims).items() if count > 1]
+    if twice:
+        raise DeclarationError(
+            f"a place can have one hyperparameter of a kind, but {twice[0][3]!r} is claimed by "
+            f"{[site.column for site in noises if site.name == twice[0][3]]}. Narrow `at`, "
+            f"`after` or `exclude`."
+        )
+    decayed = Counter(name for site in decays for name in site.parameters)
+    shared = [name for name, count in decayed.items() if count > 1]
+    if shared:
+        raise DeclarationError(
+            f"a weight can have one tuned decay, but {shared[0]!r} is claimed by "
+            f"{[site.column for site in decays if shared[0] in site.parameters]}. Narrow `at` or "
+            f"`exclude`."
+        )

@@ -1,0 +1,57 @@
+"""Find the weights a decay penalises."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from stnify.declare import Column, Decay, Pattern
+from stnify.patterns import choose, matches, require
+from stnify.plan import DecaySite
+
+
+def decay_sites(
+    model: nn.Module, declaration: Decay, scale: float
+) -> tuple[list[Column], list[DecaySite]]:
+    """Return the hyperparameters of ``declaration`` and the weights they decay.
+
+    Candidates are trainable weights of two or more dimensions that the model's own
+    ``no_weight_decay()`` does not list.
+
+    Raises:
+        DeclarationError: It matches no candidate.
+    """
+    candidates = {
+        name: model.get_submodule(name.rpartition(".")[0])
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and parameter.requires_grad and name not in _no_decay(model)
+    }
+    purpose = f"`at` of {declaration.name!r}"
+    chosen = require(_decayed(declaration.at, candidates), declaration.at, candidates, purpose)
+    excluded = set(_decayed(declaration.exclude, candidates))
+    kept = [name for name in chosen if name not in excluded]
+    require(kept, declaration.exclude, chosen, f"{purpose} less `exclude`")
+    by_column: dict[str, list[str]] = {}
+    for name in kept:
+        suffix = f".{name.rpartition('.')[0]}" if declaration.per_layer else ""
+        by_column.setdefault(declaration.name + suffix, []).append(name)
+    columns = [
+        Column.of(declaration, column, declaration.default_init, scale) for column in by_column
+    ]
+    return columns, [DecaySite(column, tuple(names)) for column, names in by_column.items()]
+
+
+def _decayed(patterns: Pattern, weights: Mapping[str, nn.Module]) -> list[str]:
+    """Choose weights by their own name, their module's name or its type."""
+    by_weight = set(choose(patterns, weights))
+    globs = [patterns] if isinstance(patterns, str | type) else list(patterns)
+    return [
+        name
+        for name in weights
+        if name in by_weight
+        or any(isinstance(g, str) and matches(g, name.rpartition(".")[0]) for g in globs)
+    ]
+
+
+def _no_decay(model: nn.Module) -> set[str]:
+    names = getattr(model, "no_weight_decay", None)
+    return set(names()) if callable(names) else set()
