@@ -18,7 +18,6 @@ from stnify.schedule import History
 from stnify.step import StepResult, to_device
 from stnify.tunable import TunableModule
 from stnify.tuner import Counters, Tuner
-from stnify.verify import layouts
 
 
 class STN:
@@ -45,7 +44,7 @@ class STN:
         train_loader: Iterable[Any] | None,
     ) -> None:
         self.model = model
-        self.plan = plan
+        self._plan = plan
         self.optimizer = optimizer
         self._tuner = tuner
         self.train_loader = (
@@ -59,6 +58,14 @@ class STN:
     def hyperparameters(self) -> HyperparameterSpace:
         """The hyperparameters."""
         return self.model.hyperparameters
+
+    @property
+    def plan(self) -> Plan:
+        """What was changed and what was not, with row layouts as far as they were measured."""
+        layer_of, words = self.model.layer_of(), self._tuner.layouts
+        return self._plan.with_layouts(
+            {node: words.get(f"layers.{layer}", "") for node, layer in layer_of.items()}
+        )
 
     @property
     def history(self) -> History:
@@ -80,8 +87,7 @@ class STN:
 
     def report(self) -> str:
         """Return plan, values and counters as text."""
-        measured = layouts(self.model)
-        shared = [name for name, layout in measured.items() if layout == "shared"]
+        shared = [n for n, word in self._tuner.layouts.items() if word.startswith("shared")]
         values = [f"{name} = {value:.4g}" for name, value in self.values().items()]
         lines = [str(self.plan), "", *values]
         if shared:

@@ -169,6 +169,7 @@ def stnify(
             decays=tuner.decays,
             before_general_step=tuner.before_general_step,
             after_general_step=tuner.after_general_step,
+            joint=not chosen.centred,
         )
     return STN(tunable, plan, tuner, wrapped, train_loader)
 

@@ -44,6 +44,8 @@ class STNOptimizer(Optimizer):
         decays: Returns what tuned weight decay adds to gradients.
         before_general_step: Called first; raises if the loop missed a call.
         after_general_step: Called last, with the optimizer of the response parameters.
+        joint: The user's backward pass trains the response parameters too, so they step together
+            ([DeltaSTN] Algorithm 2).
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class STNOptimizer(Optimizer):
         decays: Callable[[], Decays],
         before_general_step: Callable[[], None],
         after_general_step: Callable[[Optimizer], None],
+        joint: bool = False,
     ) -> None:
         refuse_unusable(base, model)
         for group in base.param_groups:
@@ -66,6 +69,7 @@ class STNOptimizer(Optimizer):
         self._decays = decays
         self._before = before_general_step
         self._after = after_general_step
+        self._joint = joint
         for name in _HOOKS:
             setattr(self, name, OrderedDict())
         self._patch_step_function()
@@ -131,6 +135,8 @@ class STNOptimizer(Optimizer):
         self.synchronise()
         with _decayed_gradients(self._decays()):
             self.base.step()
+            if self._joint:
+                self.response.step()
         self._after(self.response)
         return result
 

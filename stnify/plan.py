@@ -4,7 +4,7 @@ A plan lists every site that will change and every refusal with its reason; it c
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -123,6 +123,11 @@ class Plan:
     def response_parameters(self) -> int:
         """Response parameters the conversion adds."""
         return sum(site.response_parameters for site in self.weights)
+
+    def with_layouts(self, layouts: Mapping[str, str]) -> "Plan":
+        """Return this plan with measured row layouts, by node; an empty one changes nothing."""
+        weights = [replace(s, layout=layouts.get(s.node) or s.layout) for s in self.weights]
+        return replace(self, weights=tuple(weights))
 
     def __str__(self) -> str:
         rows = [("layer", "kind", "way", "rows", "adds")]

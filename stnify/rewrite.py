@@ -23,7 +23,7 @@ from stnify.layers import (
 from stnify.plan import NoiseSite, Plan, WeightSite
 from stnify.regularizers import FixedDropout, FixedScaledDotProductAttention, TunedDropout
 from stnify.streams import RandomStream
-from stnify.tunable import PREFIX, TunableModule, Tunables, insert
+from stnify.tunable import PREFIX, TunableModule, Tunables, Use, insert
 
 NOISES: dict[str, Callable[[int, NoiseSite], nn.Module]] = {
     "Dropout": lambda column, site: TunedDropout(column, *site.granularity),
@@ -63,11 +63,11 @@ def rewrite(
     for site in plan.noises:
         _place_noise(copy, nodes, site, space, tunables, inputs["constrained"])
     _keep_modes(copy, tunables)
-    uses: dict[str, list[tuple[str, str | None]]] = {}
+    uses: dict[str, list[Use]] = {}
     for call in plan.weights:
         key = _key(tunables, call, layers[call.node])
         _call_layer(copy, nodes[call.node], call, f"{PREFIX}.layers.{key}", inputs)
-        uses.setdefault(call.weight, []).append((key, call.bias))
+        uses.setdefault(call.weight, []).append(Use(call.node, key, call.bias))
     shell = TunableModule(model, tunables, stream, uses, plan.traced.fixed)
     copy.lint()
     shell.attach(fx.GraphModule(shell, copy, class_name=type(model).__name__))

@@ -7,7 +7,7 @@ at the current hyperparameters. Perturbed passes run the same graph, under ``run
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,20 @@ class Tunables(nn.Module):
         self.constants = nn.Module()
 
 
+class Use(NamedTuple):
+    """One call of a hyper layer.
+
+    Attributes:
+        node: Name of the call in the plan.
+        layer: Name of the hyper layer.
+        bias: Name of the bias it is called with, if it is a parameter.
+    """
+
+    node: str
+    layer: str
+    bias: str | None
+
+
 def insert(modules: nn.ModuleDict, name: str, module: nn.Module) -> str:
     """Put ``module`` into ``modules`` under a free name close to ``name``, and return that name."""
     stem = key = name.replace(".", "/") or "root"
@@ -64,7 +78,7 @@ class TunableModule(nn.Module):
         original: The user's model.
         tunables: What was added.
         stream: Where noise is drawn from.
-        uses: Name of each weight met by hyper layers, to their names and those of their biases.
+        uses: Name of each weight that meets hyper layers, to the calls in which it does.
         fixed: Optional arguments of the original's forward, and the defaults they were traced with.
     """
 
@@ -73,7 +87,7 @@ class TunableModule(nn.Module):
         original: nn.Module,
         tunables: Tunables,
         stream: RandomStream,
-        uses: Mapping[str, Sequence[tuple[str, str | None]]],
+        uses: Mapping[str, Sequence[Use]],
         fixed: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -149,10 +163,14 @@ class TunableModule(nn.Module):
         prefix = f"{PREFIX}.layers."
         return {n: p for n, p in self.named_parameters() if n.startswith(prefix)}
 
+    def layer_of(self) -> dict[str, str]:
+        """Return the name of the hyper layer of each call in the plan, by the call's node."""
+        return {use.node: use.layer for uses in self._uses.values() for use in uses}
+
     def users(self) -> dict[str, list[HyperLayer]]:
         """Return, by the name of each weight, the hyper layers it meets."""
         layers = self.hyper_layers
-        return {weight: [layers[key] for key, _ in keys] for weight, keys in self._uses.items()}
+        return {weight: [layers[use.layer] for use in uses] for weight, uses in self._uses.items()}
 
     def weight_responses(self) -> dict[str, WeightResponse]:
         """Return the response of each weight that has one, by the weight's name."""
@@ -161,8 +179,8 @@ class TunableModule(nn.Module):
 
     def bias_responses(self) -> dict[str, BiasResponse]:
         """Return the response of each bias that has one, by the bias's name."""
-        used = [(layer, bias) for calls in self._uses.values() for layer, bias in calls if bias]
-        found = {bias: self.hyper_layers[layer].bias_response for layer, bias in used}
+        uses = [use for uses in self._uses.values() for use in uses]
+        found = {use.bias: self.hyper_layers[use.layer].bias_response for use in uses if use.bias}
         return {bias: response for bias, response in found.items() if response is not None}
 
     def train(self, mode: bool = True) -> "TunableModule":

@@ -18,7 +18,7 @@ from stnify.step import Forward, Objective, StepResult, response_step, validatio
 from stnify.streams import RandomStream
 from stnify.tunable import TunableModule
 from stnify.uncentred import UncentredTraining, uncentred_evaluation
-from stnify.verify import layouts, set_layouts, verify
+from stnify.verify import set_layouts, verify
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class Tuner:
         jitter: Moves fixed values about, step by step: ``(unconstrained, step) -> unconstrained``.
         forwards: Compiled stand-ins for the forward functions, by step.
         frozen: Validation steps are off.
+        observed: Training batches since the last step.
+        layouts: Row layout in words by site, once it has been measured.
     """
 
     model: TunableModule
@@ -126,6 +128,7 @@ class Tuner:
     history: History = field(default_factory=History)
     frozen: bool = False
     observed: list[Any] = field(default_factory=list)
+    layouts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._centre = self.model.hyperparameters.unconstrained.detach().clone()
@@ -177,7 +180,7 @@ class Tuner:
 
     def verify(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Prove the conversion on these inputs, once."""
-        verify(self.model, args, kwargs)
+        self.layouts = verify(self.model, args, kwargs)
         self.verify_inputs = False
 
     # Stepping -------------------------------------------------------------------------------------
@@ -304,7 +307,7 @@ class Tuner:
             "frozen": self.frozen,
             "centre": self._centre.clone(),
             "verify_inputs": self.verify_inputs,
-            "layouts": layouts(self.model),
+            "layouts": dict(self.layouts),
             "read": sorted(self.model.hyperparameters.read),
         }
 
@@ -319,7 +322,8 @@ class Tuner:
         self.frozen = state["frozen"]
         self._centre = state["centre"].to(self._centre)
         self.verify_inputs = state["verify_inputs"]
-        set_layouts(self.model, state["layouts"])
+        self.layouts = dict(state["layouts"])
+        set_layouts(self.model, self.layouts)
         self.model.hyperparameters.read.update(state["read"])
         self.observed = []
         self._floats = self.model.hyperparameters.values()

@@ -44,15 +44,10 @@ def verify(
         return _probe_layouts(model, (args, dict(kwargs)))
 
 
-def layouts(model: TunableModule) -> dict[str, str]:
-    """Return the layout of every site by name."""
-    return {name: str(site.layout) for name, site in _sites(model).items()}
-
-
-def set_layouts(model: TunableModule, known: Mapping[str, str]) -> None:
-    """Restore what ``layouts`` returned."""
-    for name, site in _sites(model).items():
-        site.layout = RowLayout(known[name])
+def set_layouts(model: TunableModule, words: Mapping[str, str]) -> None:
+    """Set the layouts that ``verify`` returned in words, for example in another process."""
+    for name, word in words.items():
+        _sites(model)[name].layout = RowLayout(word.split()[0])
 
 
 def _sites(model: TunableModule) -> dict[str, Any]:
