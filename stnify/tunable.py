@@ -108,7 +108,7 @@ class TunableModule(nn.Module):
         state["_parameters"] = original._parameters
         state["_buffers"] = original._buffers
         state["_non_persistent_buffers_set"] = original._non_persistent_buffers_set
-        self.train(original.training)
+        tunables.train(original.training)
 
     def attach(self, graph: nn.Module) -> None:
         """Run ``graph`` from now on; it sees this module's own tree."""
