@@ -16,6 +16,9 @@ ROLE = "role"
 """Key of every param group: ``"general"`` or ``"response"``."""
 
 _OWN_KEYS = {"params", "param_names", "lr", "weight_decay", ROLE}
+_SCHEDULED = ("initial_lr", "lr_scale")
+"""What schedulers of torch and timm keep in a group beside the optimizer's own settings."""
+
 _HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -144,7 +147,7 @@ class STNOptimizer(Optimizer):
         """Copy each general group's settings to its response group."""
         for source, group in zip(self._sources, self.response.param_groups, strict=True):
             general = self.base.param_groups[source]
-            group.update({k: v for k, v in general.items() if k not in _OWN_KEYS})
+            group.update(_settings(self.base, general))
             if "lr" in general:
                 group["lr"] = general["lr"] * self._response_lr
 
@@ -196,10 +199,16 @@ def _response_groups(
     groups, sources = [], sorted(members)
     for source in sources:
         general = base.param_groups[source]
-        group = {k: v for k, v in general.items() if k not in _OWN_KEYS}
+        group = _settings(base, general)
         group.update(params=members[source], lr=general.get("lr"), weight_decay=0.0)
         groups.append({**group, ROLE: "response"})
     return groups, sources
+
+
+def _settings(base: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a response group copies: settings, not the state some kinds keep in a group."""
+    copied = {*base.defaults, *_SCHEDULED} - _OWN_KEYS
+    return {key: value for key, value in group.items() if key in copied}
 
 
 def _twin(base: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
