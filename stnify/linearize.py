@@ -108,9 +108,10 @@ def _batch_norm(
         _refuse_single_value(input)
         normal = _standardise(values, (0, *range(2, input.ndim)), eps)
     else:
-        deviation = torch.rsqrt(running_var.view(per_channel) + eps)
-        normal = (values - running_mean.view(per_channel)) * deviation
-    return _affine(normal, weight, bias, per_channel).to(input.dtype)
+        scale = torch.rsqrt(running_var + eps)
+        shift = -running_mean * scale
+        normal = _affine(values, scale.view(per_channel), shift.view(per_channel))
+    return _affine(normal, _shaped(weight, per_channel), _shaped(bias, per_channel)).to(input.dtype)
 
 
 def _layer_norm(
@@ -122,7 +123,7 @@ def _layer_norm(
 ) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
     normal = _standardise(input.to(_accumulation_dtype(input)), dims, eps)
-    return _affine(normal, weight, bias, tuple(normalized_shape)).to(input.dtype)
+    return _affine(normal, weight, bias).to(input.dtype)
 
 
 def _group_norm(
@@ -134,7 +135,8 @@ def _group_norm(
 ) -> Tensor:
     grouped = input.reshape(input.shape[0], num_groups, -1).to(_accumulation_dtype(input))
     normal = _standardise(grouped, (2,), eps).reshape(input.shape)
-    return _affine(normal, weight, bias, (1, -1, *([1] * (input.ndim - 2)))).to(input.dtype)
+    per_channel = (1, -1, *([1] * (input.ndim - 2)))
+    return _affine(normal, _shaped(weight, per_channel), _shaped(bias, per_channel)).to(input.dtype)
 
 
 def _instance_norm(
@@ -150,20 +152,40 @@ def _instance_norm(
     if not use_input_stats:
         return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     normal = _standardise(input.to(_accumulation_dtype(input)), tuple(range(2, input.ndim)), eps)
-    return _affine(normal, weight, bias, (1, -1, *([1] * (input.ndim - 2)))).to(input.dtype)
+    per_channel = (1, -1, *([1] * (input.ndim - 2)))
+    return _affine(normal, _shaped(weight, per_channel), _shaped(bias, per_channel)).to(input.dtype)
+
+
+# In the two below primal and tangent are written apart: a dual tensor times a constant would build a
+# zero tangent for the constant, which costs more than the product itself.
 
 
 def _standardise(values: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    centred = values - values.mean(dims, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    """Return ``n = (x - mean) r`` and its tangent ``r (x' - mean(x') - n mean(n x'))``."""
+    primal, tangent = forward_ad.unpack_dual(values)
+    variance, mean = torch.var_mean(primal, dims, correction=0, keepdim=True)
+    deviation = torch.rsqrt(variance + eps)
+    normal = (primal - mean) * deviation
+    if tangent is None:
+        return normal
+    along = (normal * tangent).mean(dims, keepdim=True)
+    change = tangent - tangent.mean(dims, keepdim=True) - normal * along
+    return forward_ad.make_dual(normal, change * deviation)
 
 
-def _affine(
-    normal: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]
-) -> Tensor:
-    if weight is not None:
-        normal = normal * weight.view(shape)
-    return normal if bias is None else normal + bias.view(shape)
+def _affine(values: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Return ``values * scale + shift`` for constant scale and shift."""
+    primal, tangent = forward_ad.unpack_dual(values)
+    if scale is not None:
+        primal = primal * scale
+        tangent = None if tangent is None else tangent * scale
+    if shift is not None:
+        primal = primal + shift
+    return primal if tangent is None else forward_ad.make_dual(primal, tangent)
+
+
+def _shaped(parameter: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    return None if parameter is None else parameter.view(shape)
 
 
 def _accumulation_dtype(values: Tensor) -> torch.dtype:

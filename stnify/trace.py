@@ -72,7 +72,8 @@ def trace(model: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> Tra
     with _state_restored(model) as added:
         model.train()
         try:
-            graph = tracer.trace(model)
+            with _len_of_proxies(model):
+                graph = tracer.trace(model)
         except Exception as error:
             raise TraceError(
                 f"{type(model).__name__}.forward must be traceable by torch.fx, but it is not: "
@@ -159,9 +160,29 @@ class SiteTracer(fx.Tracer):
 
 
 def caller(node: fx.Node) -> str:
-    """Qualified name of the module whose forward made ``node``."""
+    """Return the qualified name of the module whose forward made ``node``; empty for the root."""
     stack = node.meta.get("nn_module_stack") or {}
-    return next((name for name, _ in reversed(list(stack.values()))), "") or node.name
+    return next((name for name, _ in reversed(list(stack.values()))), "")
+
+
+@contextmanager
+def _len_of_proxies(model: nn.Module) -> Iterator[None]:
+    """Let ``len(tensor)`` in the code of the model's modules be traced."""
+
+    def traced_len(value: Any) -> Any:
+        if isinstance(value, fx.Proxy):
+            return value.tracer.create_proxy("call_function", len, (value,), {})
+        return len(value)
+
+    forwards = [getattr(type(module).forward, "__globals__", {}) for module in model.modules()]
+    scopes = [scope for scope in {id(s): s for s in forwards}.values() if "len" not in scope]
+    for scope in scopes:
+        scope["len"] = traced_len
+    try:
+        yield
+    finally:
+        for scope in scopes:
+            del scope["len"]
 
 
 @contextmanager

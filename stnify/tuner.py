@@ -135,9 +135,9 @@ class Tuner:
         self._uncentred = None if self.method.centred else UncentredTraining(self.stream)
         if self._uncentred is not None:
             self.model.run_by(self._uncentred, uncentred_evaluation)
+        self._floats: tuple[Tensor | None, dict[str, float]] = (None, {})
         if not self.method.tunes:
             self._set_fixed_values()
-        self._floats = self.model.hyperparameters.values()
         self._record(math.nan)
         if self.verify_inputs:
             self.model.remember_inputs()
@@ -193,7 +193,15 @@ class Tuner:
             return {}
         if self._uncentred is not None:
             return self._uncentred.decay_gradients(self.model, sites)
-        return {parameters[n]: self._floats[s.column] for s in sites for n in s.parameters}
+        values = self._values()
+        return {parameters[n]: values[s.column] for s in sites for n in s.parameters}
+
+    def _values(self) -> dict[str, float]:
+        """Return the constrained values, read from the device only when they changed."""
+        current = self.model.current()
+        if current is not self._floats[0]:
+            self._floats = (current, self.model.hyperparameters.values())
+        return self._floats[1]
 
     def after_general_step(self, optimizer: Optimizer) -> None:
         """Take the response step, and validation steps if they are due.
@@ -212,7 +220,6 @@ class Tuner:
         if not self.method.tunes:
             if self.schedule is not None or self.jitter is not None:
                 self._set_fixed_values()
-                self._floats = self.model.hyperparameters.values()
                 self._record(math.nan)
         elif steps > self.cadence.warmup_steps and steps % self.cadence.train_steps == 0:
             self._tune()
@@ -257,7 +264,6 @@ class Tuner:
             self._move(result)
         else:
             self._skip(result)
-        self._floats = self.model.hyperparameters.values()
         self._record(float(result.loss))
         return result
 
@@ -326,4 +332,3 @@ class Tuner:
         set_layouts(self.model, self.layouts)
         self.model.hyperparameters.read.update(state["read"])
         self.observed = []
-        self._floats = self.model.hyperparameters.values()

@@ -119,7 +119,7 @@ def _existing_places(model: nn.Module, traced: Traced, declaration: Site) -> lis
             name, rate = str(node.target), getattr(module, "p", None)
         elif node.op == "call_function":
             granularity = EXISTING_FUNCTIONS[type(declaration)].get(node.target)
-            module, name = None, f"{caller(node)}.{getattr(node.target, '__name__', '')}"
+            module, name = None, _function_name(node)
             rate = node.args[1] if len(node.args) > 1 else node.kwargs.get("p")
         else:
             continue
@@ -136,6 +136,12 @@ def _existing_places(model: nn.Module, traced: Traced, declaration: Site) -> lis
     patterns: Pattern = "**" if declaration.at is None else declaration.at
     chosen = _chosen(patterns, declaration, candidates, f"`at` of {declaration.name!r}")
     return [place for place in places if place.name in chosen]
+
+
+def _function_name(node: fx.Node) -> str:
+    """Name a function call by the module that makes it, e.g. ``layer1.0.dropout``."""
+    function = getattr(node.target, "__name__", node.name)
+    return ".".join(filter(None, (caller(node), function)))
 
 
 def _chosen(

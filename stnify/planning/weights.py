@@ -128,7 +128,7 @@ def _function_site(
     kind, signature = WEIGHT_FUNCTIONS[node.target]
     arguments = _call_arguments(node, signature)
     weight, bias = arguments.pop("weight", None), arguments.pop("bias", None)
-    user = caller(node)
+    user = caller(node) or "(root)"
     parameter = _parameter(model, weight)
     if parameter is None:
         return Refusal(user, f"calls F.{node.target.__name__} with a computed weight")

@@ -1,0 +1,190 @@
+"""A conversion computes what the model computed, bit for bit, and shares what the model had."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import IDLE
+from torch import nn
+from zoo import ZOO, images
+
+from stnify import Dropout, WeightDecay, stnify
+
+DECAY = WeightDecay()
+
+
+@pytest.fixture(params=ZOO, name="name")
+def _name(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+def graph_of(stn):
+    return stn.model._graph
+
+
+def open_gates(stn):
+    """Give every response a first-order effect."""
+    with torch.no_grad():
+        for parameter in stn.model.response_parameters().values():
+            parameter.normal_(0, 0.1)
+
+
+@pytest.mark.parametrize("response", ["full", "gate"])
+def test_eval_mode_graph_and_export_are_the_original_bit_for_bit(name, response):
+    model = ZOO[name]().eval()
+    stn = stnify(model, [DECAY], response=response)
+    with torch.no_grad():
+        for batch in (images(2), images(3)):
+            expected = model(batch)
+            assert torch.equal(stn.model(batch), expected)
+            assert torch.equal(graph_of(stn)(batch), expected)
+            assert torch.equal(stn.export()(batch), expected)
+            response_input = torch.zeros(len(batch), 1)
+            assert torch.equal(graph_of(stn)(batch, response_input=response_input), expected)
+            open_gates(stn)  # negative control: an open gate with an input changes the output
+            changed = graph_of(stn)(batch, response_input=torch.ones(len(batch), 1))
+            assert not torch.allclose(changed, expected, atol=1e-4)
+            assert torch.equal(stn.model(batch), expected)
+
+
+@pytest.mark.parametrize("resizable", ["torchvision resnet18", "timm convnext_atto"])
+def test_other_resolutions_are_exact_too(resizable):
+    torch.manual_seed(0)
+    model = ZOO[resizable]().eval()
+    stn = stnify(model, [DECAY])
+    with torch.no_grad():
+        for size in (32, 48):
+            assert torch.equal(graph_of(stn)(images(2, size)), model(images(2, size)))
+
+
+def test_train_mode_is_the_original_bit_for_bit_with_its_buffers(name):
+    model = ZOO[name]().train()
+    twin = copy.deepcopy(model)
+    stn = stnify(model, [DECAY])
+    torch.manual_seed(1)
+    expected = twin(images(4))
+    torch.manual_seed(1)
+    found = stn.model(images(4))
+    assert torch.equal(found, expected)
+    for (key, buffer), other in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(buffer, other), key
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for (key, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad), key
+    assert all(p.grad is None for p in stn.model.response_parameters().values())
+
+
+def test_the_users_model_is_left_as_it_was(name):
+    model = ZOO[name]()
+    model.eval()
+    next(iter(model.modules())).mark = "kept"
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    modes = [module.training for module in model.modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    stn = stnify(model, [DECAY])
+    stn.model(images(2))
+    assert dict(model.named_parameters()) == parameters
+    assert all(value is parameters[key] for key, value in model.named_parameters())
+    assert dict(model.named_modules()) == modules
+    assert [module.training for module in model.modules()] == modes
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_the_shell_keeps_names_and_adds_its_own_under_one_prefix(name):
+    model = ZOO[name]()
+    stn = stnify(model, [DECAY])
+    own = {key for key in stn.model.state_dict() if key.startswith("_stnify.")}
+    assert set(stn.model.state_dict()) - own == set(model.state_dict())
+    assert own
+    shared = dict(stn.model.named_parameters())
+    assert all(shared[key] is parameter for key, parameter in model.named_parameters())
+    shell_modules = [k for k, _ in stn.model.named_modules() if not k.startswith("_stnify")]
+    assert shell_modules == [key for key, _ in model.named_modules()]
+
+
+def test_parameter_counts_follow_the_papers_formulas(name):
+    model = ZOO[name]()
+    hparams = [DECAY, IDLE]
+    h = len(hparams)
+    # Matrices and kernels; tokens and position embeddings have three dimensions in timm.
+    weights = [p for p in model.parameters() if p.ndim in {2, 4}]
+    biases = _biases_of_layers(model)
+    # [DeltaSTN] 3.4: totals of out (2 in + h) and out (2 + h), less the general out in and out.
+    full = sum(p.numel() + p.shape[0] * h for p in weights) + sum(b * (1 + h) for b in biases)
+    gate = sum(p.shape[0] * h for p in weights) + sum(b * h for b in biases)
+    for response, added in (("full", full), ("gate", gate)):
+        stn = stnify(model, hparams, response=response)
+        actual = sum(p.numel() for p in stn.model.response_parameters().values())
+        assert stn.plan.response_parameters == actual == added
+    general = {id(p) for p in stn.model.general_parameters().values()}
+    responding = {id(p) for p in stn.model.response_parameters().values()}
+    assert general == {id(p) for p in model.parameters()}
+    assert not general & responding
+
+
+def _biases_of_layers(model):
+    biases = [
+        module.bias.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None
+    ]
+    return [*biases, *(p.numel() for key, p in model.named_parameters() if key == "kernel_bias")]
+
+
+def test_deepcopy_and_pickle_are_whole_and_independent(name):
+    stn = stnify(ZOO[name](), [Dropout("noise", at="input"), DECAY], seed=3)
+    stn.model.eval()
+    batch = images(2)
+    expected = stn.model(batch)
+    for twin in (copy.deepcopy(stn.model), pickle.loads(pickle.dumps(stn.model))):
+        assert torch.equal(twin(batch), expected)
+        assert torch.equal(twin._graph(batch), expected)
+        assert set(twin.state_dict()) == set(stn.model.state_dict())
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.add_(1.0)
+        assert not torch.allclose(twin._graph(batch), expected)  # the graph sees its own tree
+        assert torch.equal(twin._graph(batch), twin(batch))
+        assert torch.equal(stn.model(batch), expected)
+        twin.train()
+        assert twin(batch).shape == expected.shape
+
+
+def test_timm_attributes_are_proxied():
+    model = ZOO["timm vit_tiny"]()
+    shell = stnify(model, [DECAY]).model
+    assert shell.num_classes == 5
+    assert shell.no_weight_decay() == model.no_weight_decay()
+    assert shell.group_matcher() == model.group_matcher()
+    assert shell.get_classifier() is model.get_classifier()
+    assert shell.pretrained_cfg == model.pretrained_cfg
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = shell.no_such_thing
+
+
+def test_moving_the_shell_moves_what_the_graph_uses():
+    stn = stnify(ZOO["functional"](), [DECAY])
+    stn.model.double().eval()
+    found = graph_of(stn)(images(2).double(), response_input=torch.zeros(2, 1).double())
+    assert found.dtype is torch.float64
+    assert torch.equal(found, stn.model(images(2).double()))
+
+
+def test_response_parameters_live_where_their_layer_does():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(torch.bfloat16)
+    stn = stnify(model, [DECAY])
+    assert {p.dtype for p in stn.model.response_parameters().values()} == {torch.bfloat16}
+    assert stn.hyperparameters.unconstrained.dtype is torch.float32
+
+
+def test_the_global_generator_is_untouched_by_a_conversion():
+    model, batch = ZOO["functional"](), images(2)
+    before = torch.get_rng_state()
+    stnify(model, [Dropout(at="input"), DECAY], example_inputs=batch)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,430 @@
+"""Plans: what is found, what is refused and why, where noise goes, whose rows are whose."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from zoo import ZOO, images
+
+from stnify import Dropout, TraceError, UsageError, WeightDecay, stnify
+from stnify.patterns import matches
+from stnify.planning import make_plan
+from stnify.planning.weights import WEIGHT_FUNCTIONS, WEIGHT_MODULES
+from stnify.trace import trace
+
+DECAY = WeightDecay()
+
+
+def plan_of(model, *declared, **options):
+    return make_plan(model, trace(model), declared or (DECAY,), **options)
+
+
+def reasons(plan):
+    return {refusal.name: refusal.reason for refusal in plan.refusals}
+
+
+# Patterns -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [
+        ("layer*.*", "layer1.0", True),
+        ("layer*.*", "layer1.0.conv1", False),
+        ("layer1.**", "layer1.0.conv1", True),
+        ("layer1.**", "layer1", True),
+        ("**.conv1", "conv1", True),
+        ("**.conv1", "layer1.0.conv1", True),
+        ("**.conv1", "layer1.0.conv10", False),
+        ("fc", "fc", True),
+        ("fc", "fc.weight", False),
+        ("[ab].?", "b.7", True),
+        ("**", "anything.at.all", True),
+    ],
+)
+def test_globs_stay_within_a_dotted_part_unless_doubled(pattern, name, fits):
+    assert matches(pattern, name) is fits
+
+
+# What is found ------------------------------------------------------------------------------------
+
+
+def test_tables_of_planning_and_layers_agree():
+    from stnify.layers import HYPER_FUNCTIONS, HYPER_MODULES
+
+    assert set(WEIGHT_MODULES) == set(HYPER_MODULES)
+    assert set(WEIGHT_FUNCTIONS) == set(HYPER_FUNCTIONS)
+
+
+def test_a_resnet_has_a_site_for_each_convolution_and_its_head():
+    model = ZOO["torchvision resnet18"]()
+    plan = plan_of(model, Dropout(after="layer*.*"))
+    assert {site.name for site in plan.weights} == {
+        name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
+    }
+    assert [site.name for site in plan.noises] == [
+        f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)
+    ]
+    assert reasons(plan) == {}
+
+
+def test_function_calls_on_parameters_are_sites():
+    plan = plan_of(ZOO["functional"]())
+    found = {(site.weight, site.kind, site.way, site.bias) for site in plan.weights}
+    assert found == {
+        ("kernel", "Conv2d", "function", "kernel_bias"),
+        ("fourier.weight", "Conv2d", "function", None),
+        ("weight", "Linear", "function", None),
+    }
+
+
+def test_a_plan_prints_every_site_and_refusal():
+    model = ZOO["timm vit_tiny"]()
+    plan = plan_of(model, Dropout(at="blocks.*.mlp.drop1", per_layer=True), DECAY)
+    text = str(plan)
+    for site in plan.weights:
+        assert site.name in text
+        assert f"{site.response_parameters:,}" in text
+    assert "unchanged: pos_embed: is not the weight of a known layer" in text
+    assert "dropout.blocks.3.mlp.drop1 = 0.05 in (0.0, 0.95): replace blocks.3.mlp.drop1" in text
+    assert f"add {plan.response_parameters:,} parameters" in text
+
+
+def test_planning_changes_nothing():
+    model = ZOO["timm convnext_atto"]().eval()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    first, second = plan_of(model), plan_of(model)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert first == second
+    assert not any(module.training for module in model.modules())
+
+
+# What is refused, and why -------------------------------------------------------------------------
+
+
+def test_refusals_carry_names_and_reasons():
+    model = nn.Sequential()
+    model.good = nn.Linear(4, 4)
+    model.frozen = nn.Linear(4, 4).requires_grad_(False)
+    model.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    model.hooked = nn.Linear(4, 4)
+    model.hooked.register_forward_hook(lambda module, inputs, output: output)
+    model.bilinear = Squared()
+    model.left = nn.Linear(4, 2)
+    plan = plan_of(model, exclude="left")
+    assert {site.name for site in plan.weights} == {"good"}
+    found = reasons(plan)
+    assert found["frozen"] == "frozen (requires_grad=False)"
+    assert found["hooked"] == "has forward hooks, which a hyper layer would bypass"
+    assert found["bilinear.inner.weight"] == "is not the weight of a known layer"
+    assert found["left"] == "excluded by `exclude=`"
+    assert any(name.startswith("normed") for name in found)
+
+
+class Squared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Bilinear(4, 4, 4)
+
+    def forward(self, inputs):
+        return self.inner(inputs, inputs)
+
+
+def test_excluding_a_module_excludes_what_is_inside():
+    plan = plan_of(ZOO["torchvision resnet18"](), exclude=["layer1", nn.Linear])
+    names = {site.name for site in plan.weights}
+    assert "layer2.0.conv1" in names
+    assert not any(name.startswith("layer1") or name == "fc" for name in names)
+
+
+def test_a_frozen_weight_with_a_trainable_bias_responds_by_its_bias():
+    model = nn.Sequential(nn.Linear(3, 4))
+    model[0].weight.requires_grad_(False)
+    (site,) = plan_of(model, Dropout(at="input")).weights
+    assert (site.weight_responds, site.bias_responds, site.response_parameters) == (False, True, 8)
+
+
+class Branching(nn.Module):
+    """Chooses its path by its data, so that it cannot be traced through."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return self.inner(inputs) if inputs.sum() > 0 else inputs
+
+
+def test_a_module_that_cannot_be_traced_becomes_a_leaf_with_the_reason():
+    model = nn.Sequential(nn.Linear(4, 4), Branching(), nn.Linear(4, 2)).eval()
+    stn = stnify(model, [DECAY])
+    assert {site.name for site in stn.plan.weights} == {"0", "2"}
+    assert "cannot be traced through" in reasons(stn.plan)["1"]
+    batch = torch.randn(3, 4)
+    assert torch.equal(stn.model._graph(batch), model(batch))
+
+
+def test_an_untraceable_root_says_what_to_do():
+    with pytest.raises(TraceError, match=r"Branching\.forward must be traceable.*`leaves=`"):
+        stnify(Branching(), [DECAY])
+
+
+def test_leaves_are_not_traced_through():
+    model = ZOO["torchvision resnet18"]()
+    plan = stnify(model, [DECAY], leaves=["layer4"]).plan
+    assert not any(site.name.startswith("layer4") for site in plan.weights)
+    assert any(refusal.name.startswith("layer4") for refusal in plan.refusals)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, inputs, mask=None, scale=2.0):
+        outputs = self.linear(inputs) * scale
+        return outputs if mask is None else outputs * mask
+
+
+def test_optional_arguments_keep_their_defaults_or_say_so():
+    model = Masked()
+    stn = stnify(model, [DECAY])
+    inputs, mask = torch.randn(3, 4), torch.zeros(3, 1)
+    assert torch.equal(stn.model(inputs), model(inputs))
+    assert torch.equal(stn.model(inputs, mask=None), model(inputs))
+    assert torch.equal(stn.model(inputs=inputs), model(inputs))
+    with pytest.raises(UsageError, match=r"'mask' of Masked\.forward must keep its default None"):
+        stn.model(inputs, mask=mask)
+    with pytest.raises(UsageError, match=r"'scale' of Masked\.forward must keep its default 2.0"):
+        stn.model(inputs, None, 3.0)
+    stn.model.eval()  # eval mode is the user's own forward
+    assert torch.equal(stn.model(inputs, mask=mask), model(inputs, mask=mask))
+
+
+# Sharing ------------------------------------------------------------------------------------------
+
+
+class Recurring(nn.Module):
+    """Uses one module twice, and ties its decoder to its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4, padding_idx=0)
+        self.mix = nn.Linear(4, 4)
+        self.decoder = nn.Linear(4, 7)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        hidden = self.mix(self.mix(self.embedding(tokens)).tanh()).tanh()
+        return self.decoder(hidden)
+
+
+def test_shared_weights_get_one_response_used_twice():
+    model = Recurring()
+    stn = stnify(model, [DECAY, Dropout(after="mix")])
+    h = 2
+    table = 7 * 4 + 4 * h  # gated along the width of the embedding, also in the decoder
+    mix = 4 * 4 + 4 * h + 4 + 4 * h
+    decoder_bias = 7 + 7 * h
+    assert stn.plan.response_parameters == table + mix + decoder_bias
+    assert len(stn.plan.weights) == 4
+    assert len(list(stn.model.tunables.layers)) == 3
+    assert len(stn.plan.noises) == 2
+    layers = stn.model.hyper_layers
+    assert layers["embedding"].weight_response is layers["decoder"].weight_response
+
+
+def test_tied_weights_move_as_one_weight():
+    """A perturbed pass equals the original with the one table replaced."""
+    torch.manual_seed(0)
+    model = Recurring().double().eval()
+    stn = stnify(model, [DECAY])
+    with torch.no_grad():
+        for parameter in stn.model.response_parameters().values():
+            parameter.normal_()
+    response_input = torch.randn(1, 1, dtype=torch.float64)
+    tokens = torch.randint(0, 7, (1, 5))
+    found = stn.model._graph(tokens, response_input=response_input)
+    slow = stn.export()
+    parameters = dict(slow.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, response in stn.model.weight_responses().items():
+            general = stn.model.general_parameters()[name]
+            parameters[name].add_(response.materialise(general, response_input[0]))
+        for name, response in stn.model.bias_responses().items():
+            parameters[name].add_(response(parameters[name], response_input)[0])
+    assert slow.decoder.weight is slow.embedding.weight
+    torch.testing.assert_close(found, slow(tokens))  # float64, default tolerance 1e-7
+    assert not torch.allclose(found, model(tokens))
+
+
+# Noise --------------------------------------------------------------------------------------------
+
+
+def test_existing_rates_are_the_start_and_per_layer_names_are_readable():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2), nn.Linear(3, 3), nn.Dropout(0.4))
+    assert stnify(model, [Dropout()]).values() == pytest.approx({"dropout": 0.3})
+    separate = stnify(model, [Dropout(per_layer=True)]).values()
+    assert separate == pytest.approx({"dropout.1": 0.2, "dropout.3": 0.4})
+    assert stnify(model, [Dropout(at="3")]).values() == pytest.approx({"dropout": 0.4})
+    assert stnify(model, [Dropout(at=nn.Dropout, exclude="1")]).values() == pytest.approx(
+        {"dropout": 0.4}
+    )
+    assert stnify(model, [Dropout(init=0.7)]).values() == pytest.approx({"dropout": 0.7})
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 400)
+
+    def forward(self, inputs):
+        return F.dropout(self.linear(inputs), 0.5, training=self.training)
+
+
+def test_functional_dropout_is_a_site_or_follows_the_mode():
+    inputs = torch.ones(8, 4)
+    tuned = stnify(Functional(), [Dropout(init=0.9)])
+    assert [site.name for site in tuned.plan.noises] == ["dropout"]
+    share = (tuned.model(inputs) == 0).float().mean().item()
+    assert share == pytest.approx(0.9, abs=0.03)  # 3200 draws: standard error 0.005
+    untouched = stnify(Functional(), [DECAY])
+    assert (untouched.model(inputs) == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    with torch.no_grad():
+        assert torch.equal(untouched.model.eval()._graph(inputs), untouched.model._original(inputs))
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, inputs):
+        query, key, value = self.qkv(inputs).chunk(3, -1)
+        rate = 0.5 if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
+
+
+def test_attention_dropout_follows_the_mode():
+    model = Attending().eval()
+    stn = stnify(model, [DECAY])
+    inputs = torch.randn(2, 3, 4)
+    assert torch.equal(stn.model._graph(inputs), model(inputs))
+    stn.model.train()
+    torch.manual_seed(0)
+    first, second = stn.model(inputs), stn.model(inputs)
+    assert not torch.equal(first, second)
+
+
+def test_inserted_noise_acts_once_behind_the_module_and_nowhere_else():
+    model = nn.Sequential(nn.Linear(4, 300, bias=False), nn.Identity(), nn.Identity())
+    stn = stnify(model, [Dropout(after="0", init=0.5)])
+    inputs = torch.randn(6, 4)
+    found, plain = stn.model(inputs), model(inputs)
+    kept = found != 0
+    torch.testing.assert_close(found[kept], 2 * plain[kept])
+    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.05)  # 1800 draws
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return inputs + self.branch(inputs)
+
+
+def test_noise_after_a_block_spares_the_skip_connection_inside_it():
+    model = nn.Sequential(Residual(), Residual())
+    stn = stnify(model, [Dropout(after="*.branch", init=0.949)], seed=1)
+    inputs = torch.randn(2, 4)
+    # Where the branch was dropped the skip connection is all there is.
+    inner = stnify(model[0], [Dropout(after="branch", init=0.949)], seed=1)
+    found = inner.model(inputs)
+    assert (found == inputs).float().mean() > 0.5
+    assert len(stn.plan.noises) == 2
+
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+class Windows(nn.Module):
+    """Folds two windows of each example into the batch, as Swin does, and reads a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+        self.table = nn.Linear(2, 1)
+        self.register_buffer("coordinates", torch.randn(10, 2))
+
+    def forward(self, inputs):
+        windows = self.inner(inputs.reshape(-1, 3)).reshape(len(inputs), -1)
+        return windows + self.table(self.coordinates).mean()
+
+
+class TimeMajor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+
+    def forward(self, inputs):
+        return self.inner(inputs.transpose(0, 1)).mean(0)
+
+
+def layouts(model, inputs):
+    stn = stnify(model, [DECAY], example_inputs=inputs)
+    return {site.name: site.layout for site in stn.plan.weights}
+
+
+def test_rows_are_measured_on_example_inputs():
+    assert layouts(Windows(), torch.randn(3, 6)) == {
+        "inner": "batch x 2",
+        "table": "shared (independent of the input)",
+    }
+    assert layouts(TimeMajor(), torch.randn(3, 5, 3)) == {"inner": "shared (rows mix examples)"}
+    assert layouts(nn.Sequential(nn.Linear(3, 2)), torch.randn(1, 3)) == {"0": "batch"}
+
+
+def test_rows_are_assumed_until_they_are_measured_on_the_first_batch():
+    model = Windows()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    stn = stnify(model, [DECAY], optimizer=optimizer, criterion=F.mse_loss)
+    assert {site.layout for site in stn.plan.weights} == {"batch (assumed)"}
+    stn.step((torch.randn(3, 6), torch.randn(3, 8)))
+    assert stn.plan.weights[0].layout == "batch x 2"
+    assert "one perturbation for the whole batch at: layers.table" in stn.report()
+
+
+def test_swin_windows_are_batch_major():
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        window_size=4,
+        embed_dim=12,
+        depths=(2, 2),
+        num_heads=(2, 2),
+        num_classes=3,
+    )
+    found = layouts(model, images(2))
+    assert found["layers.0.blocks.0.attn.qkv"] == "batch x 4"
+    assert found["head.fc"] == "batch"
+
+
+class Fickle(nn.Module):
+    """Computes something else each time it is traced or called with another size."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs):
+        factor = 1.0 if self.training else 2.0
+        return factor * self.linear(inputs)
+
+
+def test_an_unfaithful_graph_is_refused():
+    with pytest.raises(TraceError, match="exactly what Fickle computes in eval mode"):
+        stnify(Fickle(), [DECAY], example_inputs=torch.randn(2, 4))
