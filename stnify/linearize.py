@@ -156,8 +156,8 @@ def _instance_norm(
     return _affine(normal, _shaped(weight, per_channel), _shaped(bias, per_channel)).to(input.dtype)
 
 
-# In the two below primal and tangent are written apart: a dual tensor times a constant would build a
-# zero tangent for the constant, which costs more than the product itself.
+# The two below write primal and tangent apart: for a dual tensor times a constant PyTorch builds a
+# zero tangent of the constant, which costs more than the product itself.
 
 
 def _standardise(values: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
