@@ -86,27 +86,26 @@ class EndlessLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader is, or that it has not begun."""
+        generator, start = self._generator(), self._generator_start
+        if generator is not None and not self._epoch_start:
+            start = generator.get_state()
         return {
             "stream": self._stream.state_dict(),
             "epoch_start": dict(self._epoch_start),
-            "generator_start": self._generator_start,
+            "generator_start": start,
             "given": self._given,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where ``state_dict`` was taken, by drawing the epoch's batches again."""
-        self._iterator = None
-        if not state["epoch_start"]:
-            self._stream.load_state_dict(state["stream"])
-            return
-        self._stream.load_state_dict(state["epoch_start"])
-        if state["generator_start"] is not None:
-            generator = self._generator()
-            if generator is not None:
-                generator.set_state(state["generator_start"])
-        self._given = 0
-        for _ in range(state["given"]):
-            self.next()
+        self._iterator, self._epoch_start, self._given = None, {}, 0
+        generator = self._generator()
+        if generator is not None and state["generator_start"] is not None:
+            generator.set_state(state["generator_start"])
+        if state["epoch_start"]:
+            self._stream.load_state_dict(state["epoch_start"])
+            for _ in range(state["given"]):
+                self.next()
         self._stream.load_state_dict(state["stream"])
 
     def _start_epoch(self) -> None:
