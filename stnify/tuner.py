@@ -162,8 +162,8 @@ class Tuner:
                 "stn.observe(batch) before optimizer.step()."
             )
         self._refuse_unused()
-        inputs = self.model.remembered_inputs() if self.verify_inputs else None
-        if inputs is not None:
+        inputs = self.model.remembered_inputs()
+        if inputs is not None and self.verify_inputs:
             self.verify(*inputs)
 
     def _refuse_unused(self) -> None:
@@ -328,6 +328,8 @@ class Tuner:
         self.frozen = state["frozen"]
         self._centre = state["centre"].to(self._centre)
         self.verify_inputs = state["verify_inputs"]
+        if self.verify_inputs:
+            self.model.remember_inputs()
         self.layouts = dict(state["layouts"])
         set_layouts(self.model, self.layouts)
         self.model.hyperparameters.read.update(state["read"])
