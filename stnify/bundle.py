@@ -178,7 +178,18 @@ class STN:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what ``state_dict`` returned, in an STN that was converted the same way."""
+        """Continue from what ``state_dict`` returned, in an STN that was converted the same way.
+
+        Raises:
+            UsageError: The state is of other hyperparameters; nothing was loaded.
+        """
+        found = History.from_dict(state["tuner"]["history"]).names
+        if found != self.hyperparameters.names:
+            raise UsageError(
+                f"a state can be loaded where the same hyperparameters are declared in the same "
+                f"order, but it has the hyperparameters {list(found)} and this one "
+                f"{list(self.hyperparameters.names)}. Convert with the declarations of that run."
+            )
         self.model.load_state_dict(state["model"])
         if self.optimizer is not None and state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
