@@ -131,19 +131,18 @@ def response_step(
     parameters = model.response_parameters()
     sizes = [_part(batch_size(batch), fraction) for batch in batches]
     losses: list[Tensor] = []
-    gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    totals: tuple[Tensor, ...] = ()
     for batch, size in zip(batches, sizes, strict=True):
         weight = size / max(sum(sizes), 1)
         batch = first_rows(to_device(batch, model), size)
         perturbation = training_perturbation(model.hyperparameters, size)
         with _running(model, forward, perturbation):
             loss = objective(model, batch) + objective.penalty(model, batch, perturbation)
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for total, gradient in zip(gradients.values(), found, strict=True):
-            if gradient is not None:
-                total.add_(gradient, alpha=weight)
-        losses.append(loss.detach() * weight)
-    return StepResult(torch.stack(losses).sum(), gradients)
+        loss = weight * loss
+        found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        totals = tuple(map(torch.add, totals, found)) if totals else found
+        losses.append(loss.detach())
+    return StepResult(torch.stack(losses).sum(), dict(zip(parameters, totals, strict=True)))
 
 
 def validation_step(

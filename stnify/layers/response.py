@@ -56,16 +56,18 @@ class WeightResponse(nn.Module):
     def squared_norm(self, general: Tensor, response_input: Tensor) -> Tensor:
         """Return ``||W + gate * W_response||^2`` for each example, ``(batch,)``.
 
-        It needs three inner products for each gated unit and no perturbed weight.
+        It needs three inner products for each gated unit and neither a perturbed weight nor an
+        elementwise product of weights.
         """
         gates = self.gates(response_input)
         units = gates.shape[-1]
         general = _by_unit(general, self.axis, units)
         response = general if self.response is None else _by_unit(self.response, self.axis, units)
+        inner = torch.einsum("un,un->u", general, response)
         return (
-            general.square().sum()
-            + gates @ (2 * (general * response).sum(1))
-            + gates.square() @ response.square().sum(1)
+            torch.linalg.vector_norm(general).square()
+            + gates @ (2 * inner)
+            + gates.square() @ torch.linalg.vector_norm(response, dim=1).square()
         )
 
 
