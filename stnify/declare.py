@@ -292,12 +292,17 @@ class HyperparameterSpace(nn.Module):
     ``(batch,)`` while a perturbed training pass runs.
     """
 
+    _current: Tensor
+
     def __init__(self, columns: Sequence[Column], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         refuse_duplicates(column.name for column in columns)
         self.columns = tuple(columns)
         self.unconstrained = nn.Parameter(torch.zeros(len(columns), dtype=dtype, device=device))
         self.raw_scale = nn.Parameter(torch.zeros(len(columns), dtype=dtype, device=device))
+        self.register_buffer("_current", torch.zeros_like(self.unconstrained), persistent=False)
+        self._current_key: tuple[int, int] | None = None
+        self._values: dict[str, float] | None = None
         self.set_values({column.name: column.init for column in columns})
         scales = torch.tensor([c.scale for c in columns], dtype=torch.float64)
         self.raw_scale.data.copy_(scales + torch.log(-torch.expm1(-scales)))  # softplus inverse
@@ -316,8 +321,16 @@ class HyperparameterSpace(nn.Module):
 
     @property
     def current(self) -> Tensor:
-        """Constrained values at lambda_0, ``(h,)``, detached."""
-        return self.constrain(self.unconstrained.detach())
+        """Constrained values at lambda_0, ``(h,)``, detached; always the same tensor.
+
+        It is computed when lambda has changed, but not inside compiled code, which reads it.
+        """
+        if not torch.compiler.is_compiling():
+            key = (self.unconstrained._version, self.unconstrained.data_ptr())
+            if key != self._current_key:
+                self._current_key, self._values = key, None
+                self._current.copy_(self.constrain(self.unconstrained.detach()))
+        return self._current
 
     def constrain(self, unconstrained: Tensor) -> Tensor:
         """Map ``(..., h)`` unconstrained to constrained units, differentiably: ``s`` of F.1."""
@@ -344,12 +357,15 @@ class HyperparameterSpace(nn.Module):
     def __getitem__(self, name: str) -> Tensor:
         column = self.index(name)
         self.read.add(name)
-        values = self.current if self.active is None else self.active
+        values = self.current.clone() if self.active is None else self.active
         return values[..., column]
 
     def values(self) -> dict[str, float]:
-        """Return the current values by name, constrained units."""
-        return dict(zip(self.names, self.current.tolist(), strict=True))
+        """Return the current values by name, constrained units; read once for each change."""
+        current = self.current
+        if self._values is None:
+            self._values = dict(zip(self.names, current.tolist(), strict=True))
+        return dict(self._values)
 
     def scales(self) -> dict[str, float]:
         """Return sigma by name, unconstrained units."""

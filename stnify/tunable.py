@@ -102,7 +102,6 @@ class TunableModule(nn.Module):
         state["_training_pass"] = None
         state["_evaluation_pass"] = None
         state["_compiled"] = {}
-        state["_current"] = (-1, None)
         state["_inputs"] = None
         state["_modules"] = {**original._modules, PREFIX: tunables}
         state["_parameters"] = original._parameters
@@ -129,7 +128,6 @@ class TunableModule(nn.Module):
         passing: dict[str, Any] = {
             "_running": None,
             "_compiled": {},
-            "_current": (-1, None),
             "_inputs": None,
         }
         return {**self.__dict__, **passing}
@@ -201,7 +199,7 @@ class TunableModule(nn.Module):
             return chosen(self._graph, args, kwargs)
         graph = self._compiled.get("general", self._graph)
         with self._noise_stream():
-            return graph(*args, **kwargs, constrained=self.current())
+            return graph(*args, **kwargs, constrained=self.hyperparameters.current)
 
     def remember_inputs(self) -> None:
         """Keep the inputs of the next training pass until they are taken."""
@@ -239,16 +237,6 @@ class TunableModule(nn.Module):
             "general": torch.compile(self._graph),
             "evaluation": torch.compile(self._original),
         }
-
-    def current(self) -> Tensor:
-        """Return the constrained hyperparameters ``(h,)``, computed anew when they changed."""
-        if torch.compiler.is_compiling():
-            return self.hyperparameters.current
-        unconstrained = self.hyperparameters.unconstrained
-        key = (unconstrained._version, unconstrained.data_ptr())
-        if self._current[0] != key:
-            self.__dict__["_current"] = (key, self.hyperparameters.current)
-        return cast(Tensor, self._current[1])
 
     def _noise_stream(self) -> Any:
         """Draw noise from stnify's own stream, unless there is none or a compiler is tracing."""

@@ -135,7 +135,6 @@ class Tuner:
         self._uncentred = None if self.method.centred else UncentredTraining(self.stream)
         if self._uncentred is not None:
             self.model.run_by(self._uncentred, uncentred_evaluation)
-        self._floats: tuple[Tensor | None, dict[str, float]] = (None, {})
         if not self.method.tunes:
             self._set_fixed_values()
         self._record(math.nan)
@@ -193,15 +192,8 @@ class Tuner:
             return {}
         if self._uncentred is not None:
             return self._uncentred.decay_gradients(self.model, sites)
-        values = self._values()
+        values = self.model.hyperparameters.values()
         return {parameters[n]: values[s.column] for s in sites for n in s.parameters}
-
-    def _values(self) -> dict[str, float]:
-        """Return the constrained values, read from the device only when they changed."""
-        current = self.model.current()
-        if current is not self._floats[0]:
-            self._floats = (current, self.model.hyperparameters.values())
-        return self._floats[1]
 
     def after_general_step(self, optimizer: Optimizer) -> None:
         """Take the response step, and validation steps if they are due.

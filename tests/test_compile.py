@@ -1,0 +1,135 @@
+"""Every pass compiles as one graph, agrees with eager, and does not recompile when lambda moves."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from stnify import Dropout, WeightDecay, stnify
+from stnify.linearize import linearized_forward, perturbed_forward
+from stnify.perturb import Perturbation, training_perturbation
+
+MODELS = {
+    "perceptron": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.ReLU(), nn.Linear(8, 4)
+    ),
+    "resnet": lambda: timm.models.ResNet(
+        timm.models.resnet.BasicBlock,
+        [1, 1, 1, 1],
+        channels=(4, 8, 8, 8),
+        stem_width=8,
+        num_classes=4,
+    ),
+    "vit": lambda: timm.create_model(
+        "vit_tiny_patch16_224", num_classes=4, img_size=32, depth=1, embed_dim=16, num_heads=2
+    ),
+}
+NO_DROPOUT = 1e-9
+"""A rate so low that no mask of these tests drops anything; zero itself is at infinity."""
+TOLERANCE = {"rtol": 1e-7, "atol": 1e-9}
+"""Compiled kernels sum in another order, in float64."""
+
+pytestmark = [
+    # The compiler asks every tensor for its gradient, and silences the warning only by a filter.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.fixture(params=MODELS, name="stn")
+def _stn(request):
+    torch.manual_seed(0)
+    declared = [Dropout(at="input", init=NO_DROPOUT), WeightDecay()]
+    stn = stnify(MODELS[request.param]().double(), declared, seed=0)
+    with torch.no_grad():
+        for name, parameter in stn.model.response_parameters().items():
+            if name.endswith("gate"):
+                parameter.normal_(0, 0.3)
+    return stn
+
+
+@pytest.fixture(name="fullgraph")
+def _fullgraph():
+    """Compile functions as one graph each; compiling again for other values raises."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield lambda function: torch.compile(function, fullgraph=True)
+    torch._dynamo.reset()
+
+
+def agree(stn, function, compiled, parameters):
+    """Compare values and gradients of both before and after lambda has moved."""
+    for decay in (1e-3, 1e-2):
+        stn.hyperparameters.set_values({"weight_decay": decay})
+        expected, found = (_with_gradients(run, parameters) for run in (function, compiled))
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other, one, **TOLERANCE)
+        assert any(slope.abs().max() > 1e-3 for slope in expected[1:])
+
+
+def _with_gradients(run, parameters):
+    prediction = run()
+    return prediction, *torch.autograd.grad(prediction.square().sum(), parameters)
+
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+
+
+def test_general_pass(stn, fullgraph):
+    compiled = fullgraph(stn.model)
+    parameters = list(stn.model.general_parameters().values())
+    agree(stn, lambda: stn.model(IMAGES), lambda: compiled(IMAGES), parameters)
+
+
+def test_response_pass(stn, fullgraph):
+    compiled = fullgraph(linearized_forward)
+    parameters = list(stn.model.response_parameters().values())
+    _agree_perturbed(stn, linearized_forward, compiled, parameters)
+
+
+def test_validation_pass(stn, fullgraph):
+    compiled = fullgraph(perturbed_forward)
+    stn.model.eval()
+    parameters = list(stn.model.response_parameters().values())
+    _agree_perturbed(stn, perturbed_forward, compiled, parameters)
+
+
+def _agree_perturbed(stn, function, compiled, parameters):
+    stn.hyperparameters.raw_scale.data.fill_(-2.0)
+    graph = stn.model._graph
+    perturbation = training_perturbation(stn.hyperparameters, len(IMAGES))
+
+    def run(forward):
+        response_input, constrained = perturbation
+        moved = Perturbation(response_input, stn.hyperparameters.current + 0 * constrained)
+        return forward(graph, (IMAGES,), {}, moved)
+
+    agree(stn, lambda: run(function), lambda: run(compiled), parameters)
+
+
+def test_whole_steps_compile_through_the_public_switch(monkeypatch):
+    """``compile=True`` trains; dropout is off, so the parameters follow the eager run's."""
+    results = []
+    for switch in (True, False):
+        torch.manual_seed(0)
+        model = MODELS["perceptron"]().double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        stn = stnify(
+            model,
+            [Dropout(at="input", init=NO_DROPOUT), WeightDecay()],
+            optimizer=optimizer,
+            criterion=nn.functional.cross_entropy,
+            compile=switch,
+            seed=0,
+            train_steps=1,
+            warmup_steps=0,
+            valid_loader=[(IMAGES, torch.arange(4))],
+        )
+        for _ in range(3):
+            stn.step((IMAGES, torch.arange(4)))
+        stn.model.eval()
+        results.append((stn.model(IMAGES).detach(), stn.values()))
+        assert "_orig_mod" not in "".join(stn.model.state_dict())
+    torch.testing.assert_close(results[0][0], results[1][0], **TOLERANCE)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-7)
+    torch._dynamo.reset()
