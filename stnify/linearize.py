@@ -216,15 +216,20 @@ def _scaled_dot_product_attention(
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        if attn_mask.dtype is torch.bool:
-            scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
-        else:
-            scores = scores + attn_mask
-    weights = scores.softmax(-1)
+    weights = scores.softmax(-1) if attn_mask is None else _masked_softmax(scores, attn_mask)
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
     return weights @ value
+
+
+def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return attention weights, zero for a query that may look nowhere, as the fused kernels do."""
+    blocked = mask.logical_not() if mask.dtype is torch.bool else mask == float("-inf")
+    nowhere = blocked.all(-1, keepdim=True)
+    if mask.dtype is not torch.bool:
+        scores = scores + mask.masked_fill(blocked, 0.0)
+    scores = scores.masked_fill(blocked & ~nowhere, float("-inf"))
+    return scores.softmax(-1).masked_fill(nowhere, 0.0)
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
