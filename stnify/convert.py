@@ -161,7 +161,6 @@ def stnify(
         tuner.verify(*_call(example_inputs))
     wrapped = None
     if optimizer is not None:
-        _replace_decay(optimizer, tunable, plan)
         wrapped = STNOptimizer(
             optimizer,
             tunable,
@@ -171,6 +170,7 @@ def stnify(
             after_general_step=tuner.after_general_step,
             joint=not chosen.centred,
         )
+        _replace_decay(optimizer, tunable, plan)
     return STN(tunable, plan, tuner, wrapped, train_loader)
 
 
@@ -198,10 +198,11 @@ def _refuse_model(model: nn.Module) -> None:
         raise UnsupportedModuleError(
             f"`model` must be an nn.Module, but got {type(model).__name__}."
         )
-    if isinstance(model, TunableModule):
+    converted = [name for name, part in model.named_modules() if isinstance(part, TunableModule)]
+    if converted:
         raise UsageError(
-            "`model` was converted already. Convert `stn.export()`, or the original model, with "
-            "all hyperparameters in one call."
+            f"{f'{converted[0]!r} of ' if converted[0] else ''}`model` was converted already. "
+            f"Convert `stn.export()`, or the original model, with all hyperparameters in one call."
         )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
@@ -293,7 +294,16 @@ def _hyper_optimizer(
             f"`hyper_optimizer` must be a function from a list of tensors to an optimizer, such as "
             f"`lambda p: torch.optim.Adam(p, lr=0.01)`, but got {type(make).__name__}."
         )
-    return make(parameters)
+    made = make(parameters)
+    known = {id(parameter) for parameter in parameters}
+    if not isinstance(made, Optimizer) or not known >= {
+        id(parameter) for group in made.param_groups for parameter in group["params"]
+    }:
+        raise UsageError(
+            f"`hyper_optimizer` must return a torch.optim.Optimizer of the tensors it is given, "
+            f"such as `lambda p: torch.optim.Adam(p, lr=0.01)`, but it returned {made!r}."
+        )
+    return made
 
 
 CROSSING = 12.0
