@@ -133,7 +133,7 @@ class STN:
         optimizer, objective = self._require_optimizer(), self._tuner.objective
         if not self.model.training:
             raise UsageError("`stn.step` trains, but the model is in eval mode: model.train().")
-        self._tuner.observed.append(batch)
+        self._tuner.observed = [batch]
         optimizer.zero_grad()
         if objective.forward_loss is not None or not any(s.penalty for s in objective.losses):
             loss = objective(self.model, to_device(batch, self.model))
@@ -152,6 +152,11 @@ class STN:
         """
         if not self._tuner.method.tunes:
             raise UsageError('method="fixed" does not tune: there is no validation step to take.')
+        if self._tuner.objective.criterion is None and self._tuner.objective.forward_loss is None:
+            raise UsageError(
+                "`stn.validation_step` needs `criterion=` or `forward_loss=` to be passed to "
+                "stnify()."
+            )
         return self._tuner.validate(batch)
 
     def freeze(self) -> None:
