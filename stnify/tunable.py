@@ -5,6 +5,7 @@ at the current hyperparameters. Perturbed passes run the same graph, under ``run
 """
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stnify.declare import HyperparameterSpace
-from stnify.errors import UsageError
+from stnify.errors import ShapeError, UsageError
 from stnify.layers import BiasResponse, HyperLayer, WeightResponse
 from stnify.streams import RandomStream
 
@@ -195,6 +196,13 @@ class TunableModule(nn.Module):
         self._refuse_other_arguments(args, kwargs)
         if self._inputs == () and self.training and not torch.compiler.is_compiling():
             self.__dict__["_inputs"] = (args, kwargs)
+        try:
+            return self._run(chosen, args, kwargs)
+        except ValueError as error:
+            _refuse_single_value(self, error)
+            raise
+
+    def _run(self, chosen: Pass | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if chosen is not None:
             return chosen(self._graph, args, kwargs)
         graph = self._compiled.get("general", self._graph)
@@ -281,3 +289,19 @@ class TunableModule(nn.Module):
             for buffer, value in before:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _refuse_single_value(model: nn.Module, error: ValueError) -> None:
+    """Raise ShapeError if ``error`` is a BatchNorm's that got one value for each channel."""
+    rule, _, found = str(error).partition(", got ")
+    if "more than 1 value per channel" not in rule:
+        return
+    names = {module: name for name, module in model.named_modules()}
+    callers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    norms = [c for c in callers if isinstance(c, nn.modules.batchnorm._BatchNorm)]
+    name = names.get(norms[-1], "") if norms else ""
+    raise ShapeError(
+        f"BatchNorm {name!r} needs more than one value per channel in training, but got {found}. "
+        f"Use larger batches; if this was the last one of an epoch, pass drop_last=True to the "
+        f"DataLoader."
+    ) from error
