@@ -164,6 +164,16 @@ class Tuner:
         inputs = self.model.remembered_inputs()
         if inputs is not None and self.verify_inputs:
             self.verify(*inputs)
+        if self.counters.training_steps == 0 and self.method.response is not None:
+            self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Take the first response step without effect, so that it fails before anything moves."""
+        before = self.stream.state_dict()
+        try:
+            self._response(self.observed)
+        finally:
+            self.stream.load_state_dict(before)
 
     def _refuse_unused(self) -> None:
         if self.counters.training_steps:
@@ -205,8 +215,7 @@ class Tuner:
         if self._uncentred is not None:
             self._uncentred.forget(self.model.hyperparameters)
         if self.method.response is not None:
-            with self.stream.active():
-                self._respond(batches, optimizer)
+            self._respond(batches, optimizer)
         self.counters.training_steps += 1
         steps = self.counters.training_steps
         if not self.method.tunes:
@@ -216,15 +225,19 @@ class Tuner:
         elif steps > self.cadence.warmup_steps and steps % self.cadence.train_steps == 0:
             self._tune()
 
+    def _response(self, batches: Sequence[Any]) -> StepResult:
+        with self.stream.active():
+            return response_step(
+                self.model,
+                batches,
+                self.objective,
+                linearized=self.method.response == "linearized",
+                fraction=self.cadence.response_fraction,
+                forward=self.forwards.get("response"),
+            )
+
     def _respond(self, batches: Sequence[Any], optimizer: Optimizer) -> None:
-        result = response_step(
-            self.model,
-            batches,
-            self.objective,
-            linearized=self.method.response == "linearized",
-            fraction=self.cadence.response_fraction,
-            forward=self.forwards.get("response"),
-        )
+        result = self._response(batches)
         parameters = self.model.response_parameters()
         for name, gradient in result.gradients.items():
             parameters[name].grad = gradient
