@@ -13,6 +13,7 @@ from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
 from typing import Any, ClassVar, final
 
 import torch
@@ -56,6 +57,10 @@ class Declaration(ABC):
         if not low < high:
             raise DeclarationError(
                 f"`low < high` must hold for the range of {self.name!r}, but got {self.range}."
+            )
+        if not isinstance(self.init, Real | None):
+            raise DeclarationError(
+                f"`init` of {self.name!r} must be a number, but got {self.init!r}."
             )
         if self.init is not None and not low < self.init < high:
             raise DeclarationError(
@@ -197,6 +202,11 @@ def declarations(hparams: Iterable[Declaration] | Mapping[str, float]) -> tuple[
         hparams = [hparams]
     if isinstance(hparams, Mapping):
         hparams = [_from_shorthand(name, init) for name, init in hparams.items()]
+    if not isinstance(hparams, Iterable):
+        raise DeclarationError(
+            f"hyperparameters must be a list of declarations or a dict, but got {hparams!r} of "
+            f"type {type(hparams).__name__}."
+        )
     declared = tuple(hparams)
     if not declared:
         raise DeclarationError("at least one hyperparameter must be declared, but got none.")
