@@ -45,6 +45,10 @@ def holding_still(parameters):
     return SGD(parameters, lr=0.0)
 
 
+def train_one(stn):
+    train(*stn, 1, criterion=stn.criterion)
+
+
 def general(stn):
     return {name: p.detach().clone() for name, p in stn.model.general_parameters().items()}
 
@@ -270,6 +274,8 @@ def test_gradient_accumulation_uses_every_batch_since_the_last_step(monkeypatch)
 
     monkeypatch.setattr("stnify.tuner.response_step", spy)
     stn = convert(perceptron(), [IDLE], train_loader=batches(count=20))
+    train_one(stn)
+    used.clear()
     model, optimizer, loader = stn
     for i, (inputs, target) in enumerate(loader):
         (stn.criterion(model(inputs), target) / 2).backward()
@@ -301,10 +307,11 @@ def test_response_fraction_uses_the_first_part_of_a_batch(monkeypatch, fraction,
 
     stn = convert(perceptron(), [WeightDecay()], criterion=criterion, response_fraction=fraction)
     stn.freeze()
-    model, optimizer, loader = stn
-    inputs, target = next(iter(loader))
-    F.cross_entropy(model(inputs), target).backward()
-    optimizer.step()
+    train(*stn, 1)
+    seen.clear()
+    inputs, target = next(iter(stn.train_loader))
+    F.cross_entropy(stn.model(inputs), target).backward()
+    stn.optimizer.step()
     assert len(seen) == 1
     assert torch.equal(seen[0], target[:size])
 
@@ -798,10 +805,6 @@ def test_named_parameters_and_later_groups_are_kept():
     assert torch.equal(late.detach(), torch.full((2,), 0.9))
 
 
-def train_one(stn):
-    train(*stn, 1, criterion=stn.criterion)
-
-
 # Copies -------------------------------------------------------------------------------------------
 
 
@@ -856,7 +859,9 @@ def test_a_penalty_gets_one_value_for_each_example_in_the_response_step():
         return value * model(batch[0]).square().mean(-1)
 
     stn = convert(perceptron(), [Hyperparameter("logits", 0.25, (0.0, 1.0), penalty=penalty)])
-    train(*stn, 1, criterion=stn.criterion)
+    train_one(stn)
+    shapes.clear()
+    train_one(stn)
     assert shapes == [((), 8), ((8,), 8)]
 
 
@@ -881,8 +886,9 @@ def test_forward_loss_reads_the_value_of_the_pass_that_runs():
     )
     values = stn.values()
     for batch in first_batches(3):
+        seen.clear()
         assert stn.step(batch) > 0
-    assert seen[:3] == [(), (8,), ()]
+    assert seen == [(), (8,), ()]  # general, response, validation
     assert stn.values() != values
     assert stn.values()["smoothing"] == pytest.approx(float(stn.hyperparameters["smoothing"]))
 
