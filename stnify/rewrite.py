@@ -23,7 +23,7 @@ from stnify.layers import (
 from stnify.plan import NoiseSite, Plan, WeightSite
 from stnify.regularizers import FixedDropout, FixedScaledDotProductAttention, TunedDropout
 from stnify.streams import RandomStream
-from stnify.tunable import PREFIX, TunableModule, Tunables, Use, insert
+from stnify.tunable import PREFIX, TunableModule, Tunables, Use, WholeFunction, insert
 
 NOISES: dict[str, Callable[[int, NoiseSite], nn.Module]] = {
     "Dropout": lambda column, site: TunedDropout(column, *site.granularity),
@@ -63,6 +63,7 @@ def rewrite(
     for site in plan.noises:
         _place_noise(copy, nodes, site, space, tunables, inputs["constrained"])
     _keep_modes(copy, tunables)
+    _keep_whole(copy, plan, tunables)
     uses: dict[str, list[Use]] = {}
     for call in plan.weights:
         key = _key(tunables, call, layers[call.node])
@@ -202,6 +203,14 @@ def _keep_modes(graph: fx.Graph, tunables: Tunables) -> None:
             fixed = graph.call_module(target, *call)
         node.replace_all_uses_with(fixed)
         graph.erase_node(node)
+
+
+def _keep_whole(graph: fx.Graph, plan: Plan, tunables: Tunables) -> None:
+    """Call functions that cannot be traced through as modules, which no tracer enters."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in plan.traced.whole:
+            key = insert(tunables.functions, node.name, WholeFunction(node.target))
+            node.op, node.target = "call_module", f"{PREFIX}.functions.{key}"
 
 
 def _without_dropout(node: fx.Node) -> tuple[float, tuple[tuple[Any, ...], dict[str, Any]]]:

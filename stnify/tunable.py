@@ -33,6 +33,7 @@ class Tunables(nn.Module):
         layers: Hyper layers, by the qualified name of the layer they serve.
         noises: Noise sites, by their place.
         fixed: Noise nobody tunes, as modules that follow ``train()`` and ``eval()``.
+        functions: Functions that are called as they are.
         constants: Tensors made while tracing.
     """
 
@@ -42,7 +43,24 @@ class Tunables(nn.Module):
         self.layers = nn.ModuleDict()
         self.noises = nn.ModuleDict()
         self.fixed = nn.ModuleDict()
+        self.functions = nn.ModuleDict()
         self.constants = nn.Module()
+
+
+class WholeFunction(nn.Module):
+    """Calls a function that cannot be traced through; as a module it is a leaf for any tracer.
+
+    Args:
+        function: Importable, so that it can be pickled.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function returns."""
+        return self.function(*args, **kwargs)
 
 
 class Use(NamedTuple):

@@ -1,5 +1,8 @@
 """Plans: what is found, what is refused and why, where noise goes, whose rows are whose."""
 
+import pickle
+import sys
+
 import pytest
 import timm
 import torch
@@ -148,9 +151,9 @@ def test_a_frozen_weight_with_a_trainable_bias_responds_by_its_bias():
 class Branching(nn.Module):
     """Chooses its path by its data, so that it cannot be traced through."""
 
-    def __init__(self):
+    def __init__(self, width=4):
         super().__init__()
-        self.inner = nn.Linear(4, 4)
+        self.inner = nn.Linear(width, width)
 
     def forward(self, inputs):
         return self.inner(inputs) if inputs.sum() > 0 else inputs
@@ -163,6 +166,63 @@ def test_a_module_that_cannot_be_traced_becomes_a_leaf_with_the_reason():
     assert "cannot be traced through" in reasons(stn.plan)["1"]
     batch = torch.randn(3, 4)
     assert torch.equal(stn.model._graph(batch), model(batch))
+
+
+def crop_to_even(images):
+    return images[:, : images.shape[1] // 2 * 2] if images.shape[1] % 2 else images
+
+
+def project(inputs, weight):
+    return F.linear(inputs, weight) if inputs.sum() > 0 else inputs @ weight.t()
+
+
+class Cropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 5)
+
+    def forward(self, inputs):
+        return crop_to_even(self.first(inputs)) * len(inputs)
+
+
+def test_a_free_function_that_cannot_be_traced_becomes_one_node():
+    scope = dict(vars(sys.modules[__name__]))
+    model = Cropping().eval()
+    stn = stnify(model, [DECAY])
+    assert {site.name for site in stn.plan.weights} == {"first"}
+    assert reasons(stn.plan) == {}
+    for rows in (2, 3):  # the branch and the length are taken anew for each input
+        batch = torch.randn(rows, 4)
+        assert torch.equal(stn.model._graph(batch), model(batch))
+    whole = [module.function for module in stn.model.tunables.functions.values()]
+    assert whole == [crop_to_even, len]
+    assert vars(sys.modules[__name__]) == scope  # nothing of the tracer stays behind
+    twin = pickle.loads(pickle.dumps(stn.model))
+    assert torch.equal(twin._graph(batch), model(batch))
+
+
+class Projecting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, inputs):
+        return project(inputs, self.weight)
+
+
+def test_a_function_that_receives_a_weight_is_not_left_whole():
+    """Its node would hide the weight; the module that calls it is the leaf, and says so."""
+    plan = plan_of(nn.Sequential(nn.Linear(4, 4), Projecting()))
+    assert "cannot be traced through" in reasons(plan)["1"]
+    assert {site.name for site in plan.weights} == {"0"}
+
+
+def test_a_failing_module_takes_only_itself_out():
+    model = timm.create_model("test_vit", num_classes=3, img_size=32).eval()
+    model.norm = nn.Sequential(model.norm, Branching(model.embed_dim))
+    stn = stnify(model, [DECAY])
+    assert list(reasons(stn.plan)) == ["norm.1", "cls_token", "pos_embed"]
+    assert torch.equal(stn.model._graph(images(2)), model(images(2)))
 
 
 def test_an_untraceable_root_says_what_to_do():

@@ -1,20 +1,14 @@
-"""2. Trace a model into a graph, without changing the model.
+"""The tracer: which modules are leaves, what each call returned, what could not be traced."""
 
-A module is a leaf of the graph if it comes from ``torch.nn``, is a normalisation or dropout, or
-holds no weight of two or more dimensions; all others are traced through, so that the layers inside
-them become visible. A module that cannot be traced through becomes a leaf as well, with the reason.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from stnify.errors import TraceError
-from stnify.patterns import choose
+from stnify.trace.functions import TracedFunctions
 
 NORMALIZATIONS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,
@@ -49,6 +43,7 @@ class Traced:
         opaque: Modules that could not be traced through, with the reason.
         constants: Tensors made while tracing, by the name the graph uses.
         fixed: Optional arguments of the model's forward, traced at these defaults.
+        whole: Functions that are called as they are, because they cannot be traced through.
     """
 
     graph: fx.Graph
@@ -56,31 +51,7 @@ class Traced:
     opaque: dict[str, str] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
-
-
-def trace(model: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> Traced:
-    """Trace ``model`` as it trains, and leave it exactly as it was.
-
-    Args:
-        model: Any module.
-        leaves: Patterns or types not to trace through.
-
-    Raises:
-        TraceError: ``model.forward`` itself cannot be traced.
-    """
-    tracer = SiteTracer(choose(leaves, dict(model.named_modules())))
-    with _state_restored(model) as added:
-        model.train()
-        try:
-            with _len_of_proxies(model):
-                graph = tracer.trace(model)
-        except Exception as error:
-            raise TraceError(
-                f"{type(model).__name__}.forward must be traceable by torch.fx, but it is not: "
-                f"{error} Move the data-dependent part into a submodule and name it in `leaves=`."
-            ) from error
-    constants = {name: value for name, value in added.items() if isinstance(value, Tensor)}
-    return Traced(graph, tracer.outputs, tracer.opaque, constants, tracer.fixed)
+    whole: frozenset[Callable[..., Any]] = frozenset()
 
 
 class SiteTracer(fx.Tracer):
@@ -88,11 +59,13 @@ class SiteTracer(fx.Tracer):
 
     Args:
         leaves: Qualified names not to trace through.
+        functions: Functions that are left whole.
     """
 
-    def __init__(self, leaves: Sequence[str] = ()) -> None:
+    def __init__(self, leaves: Sequence[str], functions: TracedFunctions) -> None:
         super().__init__(param_shapes_constant=True)
         self.leaves = set(leaves)
+        self.functions = functions
         self.outputs: dict[str, list[ModuleOutput]] = {}
         self.opaque: dict[str, str] = {}
         self.fixed: dict[str, Any] = {}
@@ -130,17 +103,22 @@ class SiteTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Trace a call of ``m``; if that fails, take its nodes back and call it as a leaf."""
+        """Trace a call of ``m``; if that fails, leave a function whole, or ``m`` itself."""
         name = self.path_of_module(m)
         before = set(self.graph.nodes)
-        try:
-            output = super().call_module(m, forward, args, kwargs)
-        except Exception as error:
-            if name in self.opaque:
-                raise
-            self.opaque[name] = f"cannot be traced through ({type(error).__name__}: {error})"
-            self._roll_back(before, name)
-            output = super().call_module(m, forward, args, kwargs)
+        stack, calls, scope = self.module_stack.copy(), self.num_calls.copy(), copy(self.scope)
+        while True:
+            try:
+                output = super().call_module(m, forward, args, kwargs)
+                break
+            except Exception as error:
+                if name in self.opaque:
+                    raise
+                self._roll_back(before, name)
+                self.module_stack, self.num_calls, self.scope = stack.copy(), calls.copy(), scope
+                if not self.functions.leave_whole(error):
+                    reason = f"{type(error).__name__}: {error}"
+                    self.opaque[name] = f"cannot be traced through ({reason})"
         value = map_aggregate(output, lambda v: v.node if isinstance(v, fx.Proxy) else v)
         last = next(iter(reversed(self.graph.nodes)))
         self.outputs.setdefault(name, []).append(ModuleOutput(value, last))
@@ -163,46 +141,3 @@ def caller(node: fx.Node) -> str:
     """Return the qualified name of the module whose forward made ``node``; empty for the root."""
     stack = node.meta.get("nn_module_stack") or {}
     return next((name for name, _ in reversed(list(stack.values()))), "")
-
-
-@contextmanager
-def _len_of_proxies(model: nn.Module) -> Iterator[None]:
-    """Let ``len(tensor)`` in the code of the model's modules be traced."""
-
-    def traced_len(value: Any) -> Any:
-        if isinstance(value, fx.Proxy):
-            return value.tracer.create_proxy("call_function", len, (value,), {})
-        return len(value)
-
-    forwards = [getattr(type(module).forward, "__globals__", {}) for module in model.modules()]
-    scopes = [scope for scope in {id(s): s for s in forwards}.values() if "len" not in scope]
-    for scope in scopes:
-        scope["len"] = traced_len
-    try:
-        yield
-    finally:
-        for scope in scopes:
-            del scope["len"]
-
-
-@contextmanager
-def _state_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Put every module's attributes back; yield what tracing added to the root."""
-    registries = ("_parameters", "_buffers", "_modules")
-    before = [
-        (module, dict(module.__dict__), {name: dict(module.__dict__[name]) for name in registries})
-        for module in model.modules()
-    ]
-    added: dict[str, Any] = {}
-    known = set(model.__dict__) | set(model._buffers)
-    try:
-        yield added
-    finally:
-        now = {**model.__dict__, **model._buffers}
-        added.update({name: value for name, value in now.items() if name not in known})
-        for module, attributes, contents in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for name in registries:
-                module.__dict__[name].clear()
-                module.__dict__[name].update(contents[name])

@@ -1,0 +1,114 @@
+"""Functions that cannot be traced through, called as they are.
+
+fx traces by running code on proxies. A free function that looks at a proxy's value fails; called as
+a whole, it becomes one node. Such functions are found by the error they cause.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from types import FrameType, FunctionType, TracebackType
+from typing import Any, Self
+
+from torch import fx, nn
+
+Scope = dict[str, Any]
+
+
+class TracedFunctions:
+    """Stand-ins for functions in the code of a model, taken out again at the end.
+
+    ``len`` of a proxy is traced from the start; other functions are added by ``leave_whole``.
+
+    Args:
+        model: Its modules' code is where ``len`` is replaced.
+
+    Attributes:
+        whole: Functions that are called as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        scopes = [getattr(type(module).forward, "__globals__", {}) for module in model.modules()]
+        self._scopes: list[Scope] = list({id(scope): scope for scope in scopes}.values())
+        self._undo: list[Callable[[], Any]] = []
+        self.whole: set[Callable[..., Any]] = {len}
+
+    def __enter__(self) -> Self:
+        for scope in self._scopes:
+            if "len" not in scope:
+                scope["len"] = _node_for(len)
+                self._undo.append(functools.partial(scope.pop, "len"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for undo in reversed(self._undo):
+            undo()
+
+    def leave_whole(self, error: Exception) -> bool:
+        """Replace the free function in which ``error`` arose, so that it becomes one node.
+
+        Returns:
+            Whether there is such a function, and it was not replaced before. A function that
+            receives a weight is none: its node would hide that weight.
+        """
+        found = _failing_function(error.__traceback__)
+        if found is None or found[0] in self.whole:
+            return False
+        function, calling = found
+        self.whole.add(function)
+        for scope in (calling.f_globals, function.__globals__):
+            for name in [name for name, value in scope.items() if value is function]:
+                scope[name] = _node_for(function)
+                self._undo.append(functools.partial(scope.__setitem__, name, function))
+        return True
+
+
+def _node_for(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function``, recorded as one node when an argument is a proxy."""
+
+    @functools.wraps(function)
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        proxy = next(_proxies((args, kwargs)), None)
+        if proxy is None:
+            return function(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+
+    return stand_in
+
+
+def _failing_function(
+    traceback: TracebackType | None,
+) -> tuple[FunctionType, FrameType] | None:
+    """Return the innermost free function on the way to an error, and the frame that called it."""
+    frames = []
+    while traceback is not None:
+        frames.append(traceback.tb_frame)
+        traceback = traceback.tb_next
+    for calling, called in reversed(list(itertools.pairwise(frames))):
+        function = called.f_globals.get(called.f_code.co_name)
+        if (
+            isinstance(function, FunctionType)
+            and function.__code__ is called.f_code
+            and function.__module__.split(".")[0] not in {"torch", "stnify"}
+        ):
+            return None if _receives_weight(called) else (function, calling)
+    return None
+
+
+def _receives_weight(frame: FrameType) -> bool:
+    """Whether an argument of the call is a layer's weight (not a table of positions, say)."""
+    code = frame.f_code
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    nodes = [proxy.node for proxy in _proxies([frame.f_locals.get(name) for name in names])]
+    return any(node.op == "get_attr" and str(node.target).endswith("weight") for node in nodes)
+
+
+def _proxies(value: Any) -> Iterator[fx.Proxy]:
+    match value:
+        case fx.Proxy():
+            yield value
+        case list() | tuple():
+            for entry in value:
+                yield from _proxies(entry)
+        case dict():
+            yield from _proxies(list(value.values()))

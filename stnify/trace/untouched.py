@@ -1,0 +1,30 @@
+"""Tracing leaves nothing behind in the model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def state_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Put every module's attributes back; yield what tracing added to the root."""
+    registries = ("_parameters", "_buffers", "_modules")
+    before = [
+        (module, dict(module.__dict__), {name: dict(module.__dict__[name]) for name in registries})
+        for module in model.modules()
+    ]
+    added: dict[str, Any] = {}
+    known = set(model.__dict__) | set(model._buffers)
+    try:
+        yield added
+    finally:
+        now = {**model.__dict__, **model._buffers}
+        added.update({name: value for name, value in now.items() if name not in known})
+        for module, attributes, contents in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name in registries:
+                module.__dict__[name].clear()
+                module.__dict__[name].update(contents[name])
