@@ -383,26 +383,31 @@ class HyperparameterSpace(nn.Module):
 
     @torch.no_grad()
     def set_values(self, values: Mapping[str, float]) -> None:
-        """Move the named hyperparameters to ``values``, constrained units.
+        """Move the named hyperparameters to ``values``, constrained units: all of them or none.
 
         Raises:
             DeclarationError: An unknown name, or a value outside its open range.
         """
-        for name, value in values.items():
-            column = self.columns[self.index(name)]
-            low, high = column.range
-            if not low < value < high:
-                raise DeclarationError(
-                    f"`low < value < high` must hold for {name!r}, but got {value} with "
-                    f"range={column.range}."
-                )
-            unconstrained = column.transform.inv(torch.tensor(value, dtype=torch.float64))
-            if not torch.isfinite(unconstrained):
-                raise DeclarationError(
-                    f"{name!r} = {value} is too close to an end of {column.range} to be told from "
-                    f"it. Start further inside."
-                )
+        moved = {name: self._unconstrained_value(name, value) for name, value in values.items()}
+        for name, unconstrained in moved.items():
             self.unconstrained[self.index(name)] = unconstrained
+
+    def _unconstrained_value(self, name: str, value: float) -> Tensor:
+        column = self.columns[self.index(name)]
+        low, high = column.range
+        if not low < value < high:
+            raise DeclarationError(
+                f"`low < value < high` must hold for {name!r}, but got {value} with "
+                f"range={column.range}."
+            )
+        unconstrained = column.transform.inv(torch.tensor(value, dtype=torch.float64))
+        unconstrained = unconstrained.to(self.unconstrained)
+        if not low < column.transform(unconstrained) < high:
+            raise DeclarationError(
+                f"{name!r} = {value} is too close to an end of {column.range} to be told from it "
+                f"in {unconstrained.dtype}. Start further inside."
+            )
+        return unconstrained
 
     def to_json(self) -> str:
         """Write columns, values and scales as JSON; ``from_json`` reads it back."""
