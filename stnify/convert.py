@@ -28,8 +28,8 @@ from stnify.tuner import METHODS, Cadence, Method, Tuner
 HyperOptimizer = Callable[[list[Tensor]], Optimizer]
 Jitter = Literal["gaussian", "sinusoid"]
 
-SINUSOID_AMPLITUDE, SINUSOID_PERIOD = 0.1, 1200
-"""[STN] F: amplitude (of the range, here in units of ``scale``) and period in training steps."""
+SINUSOID_PERIOD = 1200
+"""[STN] F, in training steps. The amplitude is ``scale``, unconstrained units; there it is 0.1."""
 
 
 def stnify(
@@ -96,7 +96,7 @@ def stnify(
         verify: Check the conversion on ``example_inputs`` or the first batch.
         seed: Of stnify's own random numbers; None takes torch's initial seed.
         schedule: Values to replay with ``method="fixed"``.
-        jitter: Move fixed values about: ``"gaussian"`` (by ``scale``) or ``"sinusoid"`` ([STN] F).
+        jitter: Move fixed values about by ``scale``: ``"gaussian"`` or ``"sinusoid"`` ([STN] F).
 
     Returns:
         An ``STN``; unpack it into model, optimizer and train loader.
