@@ -101,14 +101,15 @@ class History:
     @classmethod
     def from_csv(cls, path: str | Path) -> "History":
         """Read what ``to_csv`` wrote."""
-        history = cls()
         with Path(path).open(newline="") as file:
-            for row in csv.DictReader(file):
-                step, loss = int(row.pop("step")), float(row.pop("validation_loss"))
-                half = len(row) // 2
-                entries = [(name, float(value)) for name, value in row.items()]
-                scales = {name.removeprefix("scale."): value for name, value in entries[half:]}
-                history.append(Record(step, dict(entries[:half]), scales, loss))
+            header, *rows = csv.reader(file)
+        names = header[2 : 2 + (len(header) - 2) // 2]  # by position: a name may be "step"
+        history = cls()
+        for step, loss, *entries in rows:
+            numbers = [float(entry) for entry in entries]
+            values = dict(zip(names, numbers, strict=False))
+            scales = dict(zip(names, numbers[len(names) :], strict=True))
+            history.append(Record(int(step), values, scales, float(loss)))
         return history
 
     def plot(self, path: str | Path | None = None) -> Any:
