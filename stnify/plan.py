@@ -25,7 +25,8 @@ class WeightSite:
     Attributes:
         name: Qualified name of the module that owns the weight.
         kind: Row of the layer table.
-        way: Whether a module or a function is called.
+        way: Whether a module or a function is called in the graph, or a module is swapped inside
+            another that could not be traced through.
         node: Name of the call in the graph.
         weight: Qualified name of the weight.
         bias: Qualified name of the bias, if it is a parameter.
@@ -34,11 +35,12 @@ class WeightSite:
         arguments: Fixed arguments of the call beside input, weight and bias.
         layout: Which rows belong to which example, once it has been measured.
         response_parameters: Parameters this site adds; a weight used twice counts once.
+        inside: For a swap, the module that could not be traced through.
     """
 
     name: str
     kind: str
-    way: Literal["module", "function"]
+    way: Literal["module", "function", "swap"]
     node: str
     weight: str
     bias: str | None
@@ -47,6 +49,7 @@ class WeightSite:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     layout: str = "batch (assumed)"
     response_parameters: int = 0
+    inside: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,23 @@ class NoiseSite:
     Attributes:
         name: Qualified name of the module it replaces or follows, or ``"input"``.
         kind: Class name of the declaration.
-        place: Whether it replaces the node or is put after it.
+        place: Whether it replaces the node, is put after it, or is swapped in inside a module that
+            could not be traced through.
         node: Name of that node in the graph.
         last: Name of the last node that must keep the untouched value, for ``"after"``.
         column: Name of the hyperparameter.
         granularity: Element- or channel-wise, and how many trailing dimensions a channel spans.
+        inside: For a swap, the module that could not be traced through.
     """
 
     name: str
     kind: str
-    place: Literal["replace", "after"]
+    place: Literal["replace", "after", "swap"]
     node: str
     last: str
     column: str
     granularity: Granularity
+    inside: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The graph takes three more inputs: ``response_input`` (``(batch, h)`` or None), 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from stnify.layers import (
 from stnify.plan import NoiseSite, Plan, WeightSite
 from stnify.regularizers import FixedDropout, FixedScaledDotProductAttention, TunedDropout
 from stnify.streams import RandomStream
+from stnify.swap import SwappedModule
 from stnify.tunable import PREFIX, TunableModule, Tunables, Use, WholeFunction, insert
 
 NOISES: dict[str, Callable[[int, NoiseSite], nn.Module]] = {
@@ -60,15 +62,25 @@ def rewrite(
     with stream.active():
         layers = _hyper_layers(model, plan)
     inputs = _add_inputs(copy)
+    swaps = _Swaps(model)
     for site in plan.noises:
-        _place_noise(copy, nodes, site, space, tunables, inputs["constrained"])
+        module = NOISES[site.kind](space.index(site.column), site)
+        key = insert(tunables.noises, site.name, module)
+        if site.inside is None:
+            _place_noise(copy, nodes, site, f"{PREFIX}.noises.{key}", inputs["constrained"])
+        else:
+            swaps.noises.setdefault(site.inside, {})[site.name] = module
     _keep_modes(copy, tunables)
     _keep_whole(copy, plan, tunables)
     uses: dict[str, list[Use]] = {}
     for call in plan.weights:
         key = _key(tunables, call, layers[call.node])
-        _call_layer(copy, nodes[call.node], call, f"{PREFIX}.layers.{key}", inputs)
+        if call.inside is None:
+            _call_layer(copy, nodes[call.node], call, f"{PREFIX}.layers.{key}", inputs)
+        else:
+            swaps.layers.setdefault(call.inside, {})[call.name] = layers[call.node]
         uses.setdefault(call.weight, []).append(Use(call.node, key, call.bias))
+    swaps.place(copy, tunables, inputs)
     shell = TunableModule(model, tunables, stream, uses, plan.traced.fixed)
     copy.lint()
     shell.attach(fx.GraphModule(shell, copy, class_name=type(model).__name__))
@@ -88,7 +100,7 @@ def _hyper_layers(model: nn.Module, plan: Plan) -> dict[str, HyperLayer]:
     of_module: dict[tuple[str, str], HyperLayer] = {}
     for site in plan.weights:
         call = (site.name, repr(site.arguments))
-        if site.way == "module" and call in of_module:
+        if site.way != "function" and call in of_module:
             layers[site.node] = of_module[call]
             continue
         original, kind = _original(model, plan, site)
@@ -106,7 +118,7 @@ def _hyper_layers(model: nn.Module, plan: Plan) -> dict[str, HyperLayer]:
 
 
 def _original(model: nn.Module, plan: Plan, site: WeightSite) -> tuple[Any, LayerKind]:
-    if site.way == "module":
+    if site.way != "function":
         module = model.get_submodule(site.name)
         return module, HYPER_MODULES[type(module)]
     function = next(node for node in plan.traced.graph.nodes if node.name == site.node).target
@@ -149,12 +161,9 @@ def _place_noise(
     graph: fx.Graph,
     nodes: dict[str, fx.Node],
     site: NoiseSite,
-    space: HyperparameterSpace,
-    tunables: Tunables,
+    target: str,
     constrained: fx.Node,
 ) -> None:
-    module = NOISES[site.kind](space.index(site.column), site)
-    target = f"{PREFIX}.noises.{insert(tunables.noises, site.name, module)}"
     if site.place == "replace":
         node = nodes[site.node]
         inputs = node.args[0] if node.args else node.kwargs["input"]
@@ -238,3 +247,40 @@ def _call_layer(
         )
     node.replace_all_uses_with(call)
     graph.erase_node(node)
+
+
+# Modules that could not be traced through ---------------------------------------------------------
+
+
+@dataclass
+class _Swaps:
+    """What is swapped inside which module, by qualified names."""
+
+    model: nn.Module
+    layers: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
+    noises: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
+
+    def place(self, graph: fx.Graph, tunables: Tunables, inputs: dict[str, fx.Node]) -> None:
+        """Call swapped modules in the place of their originals."""
+        for node in list(graph.nodes):
+            owner = str(node.target)
+            if node.op != "call_module" or owner.startswith(f"{PREFIX}."):
+                continue
+            if owner and owner not in self.layers.keys() | self.noises.keys():
+                continue
+            key = owner.replace(".", "/") or "root"
+            if key not in tunables.swapped:
+                insert(tunables.swapped, owner, self._swapped(owner))
+            call = node.args if not owner else (tuple(node.args), dict(node.kwargs))
+            with graph.inserting_before(node):
+                target = f"{PREFIX}.swapped.{key}"
+                swapped = graph.call_module(target, (*call, *inputs.values()))
+            node.replace_all_uses_with(swapped)
+            graph.erase_node(node)
+
+    def _swapped(self, owner: str) -> SwappedModule:
+        layers, noises = (
+            {name.removeprefix(f"{owner}.") if owner else name: m for name, m in of.items()}
+            for of in (self.layers.get(owner, {}), self.noises.get(owner, {}))
+        )
+        return SwappedModule(self.model.get_submodule(owner), layers, noises)

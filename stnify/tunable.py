@@ -34,6 +34,7 @@ class Tunables(nn.Module):
         noises: Noise sites, by their place.
         fixed: Noise nobody tunes, as modules that follow ``train()`` and ``eval()``.
         functions: Functions that are called as they are.
+        swapped: Modules that are rewritten from the inside.
         constants: Tensors made while tracing.
     """
 
@@ -44,6 +45,7 @@ class Tunables(nn.Module):
         self.noises = nn.ModuleDict()
         self.fixed = nn.ModuleDict()
         self.functions = nn.ModuleDict()
+        self.swapped = nn.ModuleDict()
         self.constants = nn.Module()
 
 
@@ -153,6 +155,7 @@ class TunableModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        _order_inputs(self.__dict__["_graph"])
         self.attach(self.__dict__["_graph"])
 
     @property
@@ -323,3 +326,12 @@ def _refuse_single_value(model: nn.Module, error: ValueError) -> None:
         f"Use larger batches; if this was the last one of an epoch, pass drop_last=True to the "
         f"DataLoader."
     ) from error
+
+
+def _order_inputs(graph_module: Any) -> None:
+    """Put the model's ``*args`` first again: unpickling a graph sorts named inputs before them."""
+    inputs = {n.target: n for n in graph_module.graph.nodes if n.op == "placeholder"}
+    if "*args" in inputs:
+        for name in ("linearized", "constrained", "response_input"):
+            inputs["*args"].append(inputs[name])
+        graph_module.recompile()

@@ -1,5 +1,6 @@
 """Plans: what is found, what is refused and why, where noise goes, whose rows are whose."""
 
+import copy
 import pickle
 import sys
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import ZOO, images
 
-from stnify import Dropout, TraceError, UsageError, WeightDecay, stnify
+from stnify import DeclarationError, Dropout, TraceError, UsageError, WeightDecay, stnify
 from stnify.patterns import matches
 from stnify.planning import make_plan
 from stnify.planning.weights import WEIGHT_FUNCTIONS, WEIGHT_MODULES
@@ -156,16 +157,114 @@ class Branching(nn.Module):
         self.inner = nn.Linear(width, width)
 
     def forward(self, inputs):
-        return self.inner(inputs) if inputs.sum() > 0 else inputs
+        return self.inner(inputs) if inputs.isfinite().all() else inputs
 
 
-def test_a_module_that_cannot_be_traced_becomes_a_leaf_with_the_reason():
+def test_a_module_that_cannot_be_traced_is_rewritten_from_the_inside():
     model = nn.Sequential(nn.Linear(4, 4), Branching(), nn.Linear(4, 2)).eval()
-    stn = stnify(model, [DECAY])
-    assert {site.name for site in stn.plan.weights} == {"0", "2"}
-    assert "cannot be traced through" in reasons(stn.plan)["1"]
+    stn = stnify(model, [DECAY], example_inputs=torch.randn(3, 4))
+    ways = {site.name: (site.way, site.layout) for site in stn.plan.weights}
+    assert ways == {
+        n: (w, "batch") for n, w in (("0", "module"), ("1.inner", "swap"), ("2", "module"))
+    }
     batch = torch.randn(3, 4)
     assert torch.equal(stn.model._graph(batch), model(batch))
+    perturbed_alone_equals_perturbed_together(stn, torch.randn(3, 4).abs())
+
+
+def perturbed_alone_equals_perturbed_together(stn, batch):
+    """Rows are independent, and the swapped layer responds."""
+    with torch.no_grad():
+        for parameter in stn.model.response_parameters().values():
+            parameter.normal_()
+        response_input = torch.randn(len(batch), len(stn.values()))
+        together = stn.model._graph(batch, response_input=response_input)
+        alone = [
+            stn.model._graph(batch[i : i + 1], response_input=response_input[i : i + 1])
+            for i in range(len(batch))
+        ]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)  # float32
+        plain = stn.model._graph(batch)
+        assert not torch.allclose(together, plain, atol=1e-3)
+        for name, parameter in stn.model.response_parameters().items():
+            if name.endswith("gate") and "inner" not in name:
+                parameter.zero_()
+        assert not torch.allclose(stn.model._graph(batch, response_input=response_input), plain)
+
+
+class Counting(nn.Module):
+    """Keeps state in a plain attribute and a buffer, drops, and cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 400)
+        self.drop = nn.Dropout(0.3)
+        self.calls = 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, inputs):
+        self.calls += 1
+        self.seen = self.seen + len(inputs)
+        if inputs.sum() > 1e6:
+            return inputs
+        return self.drop(self.inner(inputs))
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, lambda module: module])
+def test_a_swapped_module_keeps_its_state_its_mode_and_its_noise(wrap):
+    model = wrap(Counting())
+    counting = next(module for module in model.modules() if isinstance(module, Counting))
+    stn = stnify(model, [Dropout(init=0.9), DECAY])
+    assert stn.plan.noises[0].place == "swap"
+    inputs = torch.randn(5, 4)
+    dropped = (stn.model(inputs) == 0).float().mean().item()
+    assert dropped == pytest.approx(0.9, abs=0.05)  # 2000 draws
+    assert (counting.calls, counting.seen.item()) == (1, 5.0)
+    stn.model(inputs).sum().backward()
+    assert counting.inner.weight.grad is not None
+    stn.model.eval()
+    assert torch.equal(stn.model._graph(inputs), model(inputs))
+    assert isinstance(counting.inner, nn.Linear)
+    assert isinstance(counting.drop, nn.Dropout)
+    assert [key for key in stn.model.state_dict() if "swapped" in key] == []
+    for twin in (copy.deepcopy(stn.model), pickle.loads(pickle.dumps(stn.model))):
+        assert torch.equal(twin._graph(inputs), model(inputs))
+        with torch.no_grad():
+            for name, parameter in twin.general_parameters().items():
+                parameter.add_(1.0 if name.endswith("inner.weight") else 0.0)
+        assert not torch.equal(twin._graph(inputs), model(inputs))
+        assert torch.equal(twin._graph(inputs), twin(inputs))
+
+
+def test_a_model_that_cannot_be_traced_at_all_is_swapped_and_trains():
+    model = Branching()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    stn = stnify(
+        model,
+        [DECAY],
+        optimizer=optimizer,
+        criterion=F.mse_loss,
+        train_steps=1,
+        warmup_steps=0,
+        valid_loader=[(torch.ones(3, 4), torch.zeros(3, 4))],
+    )
+    before = stn.values()
+    weight = model.inner.weight.detach().clone()
+    for _ in range(3):
+        stn.step((torch.ones(3, 4), torch.zeros(3, 4)))
+    assert not torch.equal(model.inner.weight, weight)
+    assert stn.values() != before
+    assert stn.plan.weights[0].inside == ""
+    with pytest.raises(DeclarationError, match=r'`at="input"` needs a model .* can be traced'):
+        stnify(model, [Dropout(at="input")])
+
+
+def test_pytorchs_own_composites_are_refused_rather_than_swapped():
+    """They read their layers' weights directly, so that a stand-in would be passed by."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
+    plan = plan_of(model)
+    assert {site.name for site in plan.weights} == {"0"}
+    assert reasons(plan)["1.linear1.weight"] == "is not the weight of a known layer"
 
 
 def crop_to_even(images):
@@ -221,20 +320,17 @@ def test_a_failing_module_takes_only_itself_out():
     model = timm.create_model("test_vit", num_classes=3, img_size=32).eval()
     model.norm = nn.Sequential(model.norm, Branching(model.embed_dim))
     stn = stnify(model, [DECAY])
-    assert list(reasons(stn.plan)) == ["norm.1", "cls_token", "pos_embed"]
+    assert list(reasons(stn.plan)) == ["cls_token", "pos_embed"]
+    assert [site.name for site in stn.plan.weights if site.way == "swap"] == ["norm.1.inner"]
     assert torch.equal(stn.model._graph(images(2)), model(images(2)))
-
-
-def test_an_untraceable_root_says_what_to_do():
-    with pytest.raises(TraceError, match=r"Branching\.forward must be traceable.*`leaves=`"):
-        stnify(Branching(), [DECAY])
 
 
 def test_leaves_are_not_traced_through():
     model = ZOO["torchvision resnet18"]()
     plan = stnify(model, [DECAY], leaves=["layer4"]).plan
-    assert not any(site.name.startswith("layer4") for site in plan.weights)
-    assert any(refusal.name.startswith("layer4") for refusal in plan.refusals)
+    ways = {site.name: (site.way, site.inside) for site in plan.weights}
+    assert ways["layer3.0.conv1"] == ("module", None)
+    assert ways["layer4.0.conv1"] == ("swap", "layer4")
 
 
 class Masked(nn.Module):

@@ -1,6 +1,6 @@
 """Find the places where noise acts: existing modules and functions, and places to insert it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from stnify.declare import Column, Dropout, Pattern, Site
 from stnify.errors import DeclarationError
 from stnify.patterns import choose, require
 from stnify.plan import Granularity, NoiseSite
-from stnify.trace import Traced, caller
+from stnify.trace import Traced, caller, swappable
 
 ELEMENTS: Granularity = ("element", 0)
 EXISTING_MODULES: dict[type[Site], dict[type[nn.Module], Granularity]] = {
@@ -40,11 +40,12 @@ class _Place:
     """A ``NoiseSite`` before it has a hyperparameter, and the rate the model had there."""
 
     name: str
-    place: Literal["replace", "after"]
+    place: Literal["replace", "after", "swap"]
     node: str
     last: str
     granularity: Granularity = ELEMENTS
     rate: float | None = None
+    inside: str | None = None
 
 
 def noise_sites(
@@ -71,7 +72,7 @@ def noise_sites(
     ]
     kind = type(declaration).__name__
     sites = [
-        NoiseSite(p.name, kind, p.place, p.node, p.last, column, p.granularity)
+        NoiseSite(p.name, kind, p.place, p.node, p.last, column, p.granularity, p.inside)
         for column, members in by_column.items()
         for p in members
     ]
@@ -88,8 +89,11 @@ def _start(declaration: Site, places: Sequence[_Place]) -> float:
 
 def _input_place(traced: Traced) -> _Place:
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    if not inputs:
-        raise DeclarationError('`at="input"` needs a model whose forward takes an input.')
+    if not inputs or "" in traced.opaque:
+        raise DeclarationError(
+            '`at="input"` needs a model whose forward takes an input and can be traced: '
+            f"{traced.opaque.get('', 'it takes no input')}."
+        )
     return _Place("input", "after", inputs[0].name, inputs[-1].name)
 
 
@@ -110,23 +114,9 @@ def _places_after(model: nn.Module, traced: Traced, declaration: Site) -> list[_
 
 
 def _existing_places(model: nn.Module, traced: Traced, declaration: Site) -> list[_Place]:
-    places: list[_Place] = []
-    candidates: dict[str, nn.Module | None] = {}
-    for node in traced.graph.nodes:
-        if node.op == "call_module":
-            module = model.get_submodule(str(node.target))
-            granularity = EXISTING_MODULES[type(declaration)].get(type(module))
-            name, rate = str(node.target), getattr(module, "p", None)
-        elif node.op == "call_function":
-            granularity = EXISTING_FUNCTIONS[type(declaration)].get(node.target)
-            module, name = None, _function_name(node)
-            rate = node.args[1] if len(node.args) > 1 else node.kwargs.get("p")
-        else:
-            continue
-        if granularity is not None:
-            known = float(rate) if isinstance(rate, int | float) else None
-            places.append(_Place(name, "replace", node.name, node.name, granularity, known))
-            candidates[name] = module
+    places = [p for node in traced.graph.nodes for p in _existing(model, node, type(declaration))]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    candidates = {place.name: modules.get(place.name) for place in places}
     if declaration.at is None and not candidates:
         kinds = ", ".join(kind.__name__ for kind in EXISTING_MODULES[type(declaration)])
         raise DeclarationError(
@@ -136,6 +126,27 @@ def _existing_places(model: nn.Module, traced: Traced, declaration: Site) -> lis
     patterns: Pattern = "**" if declaration.at is None else declaration.at
     chosen = _chosen(patterns, declaration, candidates, f"`at` of {declaration.name!r}")
     return [place for place in places if place.name in chosen]
+
+
+def _existing(model: nn.Module, node: fx.Node, kind: type[Site]) -> Iterator[_Place]:
+    """Yield the places at one node where the model has noise of this kind."""
+    if node.op == "call_function" and node.target in EXISTING_FUNCTIONS[kind]:
+        rate = node.args[1] if len(node.args) > 1 else node.kwargs.get("p")
+        granularity = EXISTING_FUNCTIONS[kind][node.target]
+        known = float(rate) if isinstance(rate, int | float) else None
+        yield _Place(_function_name(node), "replace", node.name, node.name, granularity, known)
+    elif node.op == "call_module":
+        name = str(node.target)
+        module = model.get_submodule(name)
+        if type(module) in EXISTING_MODULES[kind]:
+            granularity = EXISTING_MODULES[kind][type(module)]
+            rate = getattr(module, "p", None)
+            yield _Place(name, "replace", node.name, node.name, granularity, rate)
+        for inner, child in swappable(model, node).items():
+            if type(child) in EXISTING_MODULES[kind]:
+                granularity, where = EXISTING_MODULES[kind][type(child)], f"{node.name}:{inner}"
+                rate = getattr(child, "p", None)
+                yield _Place(inner, "swap", where, where, granularity, rate, name)
 
 
 def _function_name(node: fx.Node) -> str:

@@ -1,7 +1,7 @@
 """Find every call in which a weight meets activations, and say why any other weight is left."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 from stnify.declare import Pattern
 from stnify.patterns import choose
 from stnify.plan import Refusal, ResponseKind, WeightSite
-from stnify.trace import Traced, caller
+from stnify.trace import Traced, caller, swappable
 
 WEIGHT_MODULES: dict[type[nn.Module], str] = {
     nn.Linear: "Linear",
@@ -49,16 +49,19 @@ def weight_sites(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     excluded = choose(exclude, dict(model.named_modules(remove_duplicate=False)))
     sites: list[WeightSite] = []
-    refusals = {name: Refusal(name, reason) for name, reason in traced.opaque.items()}
-    for node in traced.graph.nodes:
-        found = _weight_site(model, node, names)
+    refusals: dict[str, Refusal] = {}
+    candidates = (c for node in traced.graph.nodes for c in _candidates(model, node, names))
+    for found in candidates:
         if isinstance(found, WeightSite) and any(_within(found.name, name) for name in excluded):
             found = Refusal(found.name, "excluded by `exclude=`")
         if isinstance(found, WeightSite):
             sites.append(found)
-        elif found is not None:
+        else:
             refusals[found.name] = found
     sites = _agreeing(sites, refusals)
+    for name, reason in traced.opaque.items():
+        if not any(site.inside == name for site in sites):
+            refusals[name] = Refusal(name, reason)
     _refuse_unused_weights(model, sites, refusals)
     return sites, list(refusals.values())
 
@@ -67,40 +70,51 @@ def _within(name: str, owner: str) -> bool:
     return name == owner or name.startswith(f"{owner}.")
 
 
-def _weight_site(
+def _candidates(
     model: nn.Module, node: fx.Node, names: Mapping[int, str]
-) -> WeightSite | Refusal | None:
-    if node.op == "call_module":
-        return _module_site(model.get_submodule(str(node.target)), node, names)
+) -> Iterator[WeightSite | Refusal]:
+    """Yield what one node of the graph does with weights."""
     if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
-        return _function_site(model, node, names)
-    return None
+        yield _function_site(model, node, names)
+    elif node.op == "call_module":
+        name = str(node.target)
+        module = model.get_submodule(name)
+        if type(module) in WEIGHT_MODULES:
+            arguments = _call_arguments(node, ("input", "output_size"))
+            yield _module_site(module, name, node.name, names, arguments)
+        for inner, child in swappable(model, node).items():
+            if type(child) in WEIGHT_MODULES:
+                found = _module_site(child, inner, f"{node.name}:{inner}", names, {})
+                if isinstance(found, WeightSite):
+                    found = replace(found, way="swap", inside=name)
+                yield found
 
 
 def _module_site(
-    module: nn.Module, node: fx.Node, names: Mapping[int, str]
-) -> WeightSite | Refusal | None:
-    name = str(node.target)
-    if type(module) not in WEIGHT_MODULES:
-        return None
+    module: nn.Module,
+    name: str,
+    node: str,
+    names: Mapping[int, str],
+    arguments: Mapping[str, Any],
+) -> WeightSite | Refusal:
     reason = _module_reason(module)
     if reason:
         return Refusal(name, reason)
-    weight, bias = module.weight, getattr(module, "bias", None)
-    assert isinstance(weight, nn.Parameter)
+    if any(isinstance(argument, fx.Node) for argument in arguments.values()):
+        return Refusal(name, "is called with an output size known only while running")
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    assert weight is not None, "a computed weight has been refused"
     site = WeightSite(
         name=name,
         kind=WEIGHT_MODULES[type(module)],
         way="module",
-        node=node.name,
+        node=node,
         weight=names[id(weight)],
         bias=None if bias is None else names[id(bias)],
         weight_responds=weight.requires_grad,
         bias_responds=bias is not None and bias.requires_grad,
-        arguments=_call_arguments(node, ("input", "output_size")),
+        arguments=arguments,
     )
-    if any(isinstance(argument, fx.Node) for argument in site.arguments.values()):
-        return Refusal(name, "is called with an output size known only while running")
     if not (site.weight_responds or site.bias_responds):
         return Refusal(name, "frozen (requires_grad=False)")
     return site
@@ -123,7 +137,7 @@ def _module_reason(module: nn.Module) -> str:
 
 def _function_site(
     model: nn.Module, node: fx.Node, names: Mapping[int, str]
-) -> WeightSite | Refusal | None:
+) -> WeightSite | Refusal:
     assert callable(node.target)
     kind, signature = WEIGHT_FUNCTIONS[node.target]
     arguments = _call_arguments(node, signature)

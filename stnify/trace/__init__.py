@@ -10,13 +10,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
-from stnify.errors import TraceError
 from stnify.patterns import choose
 from stnify.trace.functions import TracedFunctions
-from stnify.trace.tracer import ModuleOutput, SiteTracer, Traced, caller
+from stnify.trace.tracer import ModuleOutput, SiteTracer, Traced, caller, swappable
 from stnify.trace.untouched import state_restored
 
-__all__ = ["ModuleOutput", "Traced", "caller", "trace"]
+__all__ = ["ModuleOutput", "Traced", "caller", "swappable", "trace"]
 
 
 def trace(model: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> Traced:
@@ -26,8 +25,8 @@ def trace(model: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> Tra
         model: Any module.
         leaves: Patterns or types not to trace through.
 
-    Raises:
-        TraceError: ``model.forward`` itself cannot be traced.
+    Returns:
+        The graph; if ``model.forward`` itself cannot be traced, it is one call of the whole model.
     """
     names = choose(leaves, dict(model.named_modules()))
     with state_restored(model) as added, TracedFunctions(model) as functions:
@@ -41,15 +40,21 @@ def trace(model: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> Tra
 def _trace_root(
     model: nn.Module, leaves: Sequence[str], functions: TracedFunctions
 ) -> tuple[SiteTracer, fx.Graph]:
-    """Trace from the top, again for each function that has to be left whole."""
+    """Trace from the top, again for each function left whole; else call the model as one leaf."""
     while True:
         tracer = SiteTracer(leaves, functions)
         try:
             return tracer, tracer.trace(model)
         except Exception as error:
-            if functions.leave_whole(error):
-                continue
-            raise TraceError(
-                f"{type(model).__name__}.forward must be traceable by torch.fx, but it is not: "
-                f"{error} Move the data-dependent part into a submodule and name it in `leaves=`."
-            ) from error
+            if not functions.leave_whole(error):
+                return tracer, _one_leaf(tracer, f"{type(error).__name__}: {error}")
+
+
+def _one_leaf(tracer: SiteTracer, reason: str) -> fx.Graph:
+    """Return a graph that only calls the whole model, whatever it is called with."""
+    tracer.outputs, tracer.fixed = {}, {}
+    tracer.opaque = {"": f"cannot be traced through ({reason})"}
+    graph = fx.Graph()
+    inputs = graph.placeholder("*args"), graph.placeholder("**kwargs")
+    graph.output(graph.call_module("", inputs))
+    return graph

@@ -137,6 +137,20 @@ class SiteTracer(fx.Tracer):
                 del self.outputs[other]
 
 
+def swappable(model: nn.Module, node: fx.Node) -> dict[str, nn.Module]:
+    """Return the modules inside a leaf of the graph that may be swapped, by qualified name.
+
+    PyTorch's own composite modules read their layers' weights directly, so they are none.
+    """
+    if node.op != "call_module":
+        return {}
+    owner, name = model.get_submodule(str(node.target)), str(node.target)
+    if type(owner).__module__.startswith("torch.nn") and not isinstance(owner, nn.Sequential):
+        return {}
+    prefix = f"{name}." if name else ""
+    return {f"{prefix}{key}": module for key, module in owner.named_modules() if key}
+
+
 def caller(node: fx.Node) -> str:
     """Return the qualified name of the module whose forward made ``node``; empty for the root."""
     stack = node.meta.get("nn_module_stack") or {}
