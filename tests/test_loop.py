@@ -22,8 +22,9 @@ from cases import (
     train,
 )
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
-from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, RAdam, RMSprop
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler
 
 from stnify import Dropout, Hyperparameter, WeightDecay
@@ -618,6 +619,26 @@ def test_a_gradient_scaler_skips_a_step_without_harm():
     assert all(math.isfinite(value) for value in stn.scales().values())
 
 
+@pytest.mark.parametrize("method", ["delta", "stn"])
+def test_a_loss_scaled_by_a_power_of_two_changes_no_bit(method):
+    torch.manual_seed(0)
+    model = perceptron(0.3)
+
+    def run(scaler):
+        stn = convert(copy.deepcopy(model), [Dropout(), WeightDecay()], method=method)
+        for inputs, target in itertools.islice(stn.train_loader, 4):
+            stn.optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(stn.model(inputs), target)).backward()
+            scaler.step(stn.optimizer)
+            scaler.update()
+        return {name: value.clone() for name, value in stn.model.state_dict().items()}
+
+    plain = run(torch.amp.GradScaler("cpu", enabled=False))
+    assert same(run(torch.amp.GradScaler("cpu", init_scale=256.0)), plain)
+    # Not a power of two: the gradients round otherwise.
+    assert not same(run(torch.amp.GradScaler("cpu", init_scale=250.7)), plain)
+
+
 @pytest.mark.parametrize("method", ["delta", "centered", "stn"])
 def test_bfloat16_autocast_runs_and_parameters_stay_in_single_precision(method):
     dtypes = set()
@@ -768,6 +789,73 @@ def test_optimizers_of_timm_follow_the_plain_loop(name):
     assert not same(response(stn), theta)
 
 
+TORCH_OPTIMIZERS = {
+    "sgd fused": lambda parameters: SGD(parameters, lr=0.01, momentum=0.9, fused=True),
+    "adamw foreach": lambda parameters: AdamW(parameters, lr=0.01, foreach=True),
+    "adam with decay": lambda parameters: Adam(parameters, lr=0.01, weight_decay=0.1),
+    "rmsprop": lambda parameters: RMSprop(parameters, lr=0.01, momentum=0.9),
+    "adagrad": lambda parameters: Adagrad(parameters, lr=0.01),
+    "radam": lambda parameters: RAdam(parameters, lr=0.01),
+    "adafactor": lambda parameters: Adafactor(parameters, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+def test_optimizers_of_torch_follow_the_plain_loop(name):
+    torch.manual_seed(0)
+    plain, converted = perceptron(), perceptron()
+    converted.load_state_dict(plain.state_dict())
+    make = TORCH_OPTIMIZERS[name]
+    train(plain, make(plain.parameters()), batches(), 6)
+    stn = convert(converted, [IDLE], make(converted.parameters()))
+    theta = response(stn)
+    train(*stn, 6, criterion=stn.criterion)
+    assert same(general(stn), dict(plain.named_parameters()))
+    assert not same(response(stn), theta)
+
+
+def test_responses_step_with_the_group_of_their_weight():
+    model = perceptron()
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.0},
+        {"params": model[2].parameters(), "lr": 0.1, "weight_decay": 0.3},
+    ]
+    stn = convert(model, [IDLE], SGD(groups, momentum=0.9), response_lr=2.0)
+    rates = [(g["role"], g["lr"], g["weight_decay"]) for g in stn.optimizer.param_groups]
+    assert rates == [
+        ("general", 0.0, 0),
+        ("general", 0.1, 0.3),
+        ("response", 0.0, 0.0),
+        ("response", 0.2, 0.0),
+    ]
+    before = response(stn)
+    train(*stn, 3, criterion=stn.criterion)
+    changed = {n for n, p in response(stn).items() if not torch.equal(p, before[n])}
+    assert changed == {name for name in before if name.startswith("_stnify.layers.2.")}
+    assert changed
+
+
+def test_every_trainable_parameter_is_in_one_group():
+    stn = convert(convolutional_network(), [Dropout(after="3"), WeightDecay()])
+    held = [id(p) for group in stn.optimizer.param_groups for p in group["params"]]
+    both = [*stn.model.general_parameters().values(), *stn.model.response_parameters().values()]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in both}
+    space = {id(p) for p in stn.hyperparameters.parameters()}
+    assert {id(p) for p in stn.model.parameters()} - set(held) == space
+
+
+def test_a_plateau_scheduler_moves_both_groups():
+    stn = convert(perceptron(), [IDLE], response_lr=2.0)
+    scheduler = ReduceLROnPlateau(stn.optimizer, patience=0)
+    for loss in (1.0, 2.0):
+        train_one(stn)
+        scheduler.step(loss)
+    train_one(stn)
+    rates = [group["lr"] for group in stn.optimizer.param_groups]
+    assert rates == pytest.approx([0.01, 0.02], rel=1e-12)  # one cut by ten
+
+
 def test_a_scheduler_of_timm_moves_both_groups():
     stn = convert(perceptron(), [IDLE])
     scheduler = timm.scheduler.CosineLRScheduler(stn.optimizer, t_initial=4, t_in_epochs=False)
@@ -828,6 +916,31 @@ def test_copies_compute_the_same_and_live_their_own_life(copied):
     with torch.no_grad():
         next(iter(twin.parameters())).add_(1.0)
     assert not torch.equal(twin.train()(inputs), stn.model.train()(inputs))
+
+
+def test_an_averaged_model_averages_the_users_weights():
+    stn = convert(perceptron(0.2), [Dropout()])
+    average, seen = AveragedModel(stn.model), []
+    for _ in range(3):
+        train(*stn, 1)
+        average.update_parameters(stn.model)
+        seen.append(general(stn))
+    mean = {name: torch.stack([w[name] for w in seen]).mean(0) for name in seen[0]}
+    found = average.module.general_parameters()
+    for name, expected in mean.items():
+        # Single precision, averaged in another order.
+        torch.testing.assert_close(found[name].detach(), expected, rtol=1e-5, atol=1e-7)
+    assert not same(mean, seen[-1])
+
+
+def test_a_model_converted_in_eval_mode_stays_in_it_and_trains_later():
+    stn = convert(convolutional_network().eval(), [Dropout(after="3")])
+    assert not any(module.training for module in stn.model.modules())
+    stn.model.train()
+    assert all(module.training for module in stn.model.modules())
+    values = stn.values()
+    train(*stn, 2)
+    assert stn.values() != values
 
 
 # Hyperparameters in the loss ----------------------------------------------------------------------
