@@ -1,15 +1,15 @@
 """8b. ``stnify()``: all stages in a row, behind checks of what was passed."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer, RMSprop
 
 from stnify.bundle import STN
+from stnify.checks import refuse_arguments, refuse_empty, refuse_model
 from stnify.declare import Declaration, HyperparameterSpace, Pattern, declarations
 from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, nearest
 from stnify.linearize import linearized_forward, perturbed_forward
@@ -120,11 +120,11 @@ def stnify(
         entropy_weight=entropy_weight,
         tune_scale=tune_scale,
     )
-    _refuse_model(model)
+    refuse_model(model)
     declared = declarations(hparams)
-    _refuse_arguments(optimizer, criterion, forward_loss, response, scale, response_lr)
-    _refuse_empty(train_loader, "train_loader")
-    _refuse_empty(valid_loader, "valid_loader")
+    refuse_arguments(optimizer, criterion, forward_loss, response, scale, response_lr)
+    refuse_empty(train_loader, "train_loader")
+    refuse_empty(valid_loader, "valid_loader")
     plan = make_plan(
         model,
         trace(model, leaves),
@@ -174,7 +174,7 @@ def stnify(
     return STN(tunable, plan, tuner, wrapped, train_loader)
 
 
-# Checks -------------------------------------------------------------------------------------------
+# Defaults -----------------------------------------------------------------------------------------
 
 
 def _method(name: str, schedule: History | None, jitter: Jitter | None) -> Method:
@@ -191,74 +191,6 @@ def _method(name: str, schedule: History | None, jitter: Jitter | None) -> Metho
             f"methods choose the values themselves."
         )
     return METHODS[name]
-
-
-def _refuse_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModuleError(
-            f"`model` must be an nn.Module, but got {type(model).__name__}."
-        )
-    converted = [name for name, part in model.named_modules() if isinstance(part, TunableModule)]
-    if converted:
-        raise UsageError(
-            f"{f'{converted[0]!r} of ' if converted[0] else ''}`model` was converted already. "
-            f"Convert `stn.export()`, or the original model, with all hyperparameters in one call."
-        )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise UnsupportedModuleError(
-                f"every parameter must be materialised, but {name!r} is lazy. Run one batch "
-                f"through the model first."
-            )
-        if tensor.is_meta:
-            raise UnsupportedModuleError(
-                f"every parameter must hold data, but {name!r} is on the meta device. Move the "
-                f'model with `model.to_empty(device="cpu")` and initialise it first.'
-            )
-
-
-def _refuse_arguments(
-    optimizer: Optimizer | None,
-    criterion: Callable[..., Tensor] | None,
-    forward_loss: Callable[..., Tensor] | None,
-    response: str,
-    scale: float,
-    response_lr: float,
-) -> None:
-    if optimizer is not None and criterion is None and forward_loss is None:
-        raise UsageError(
-            "`criterion` must be given with an optimizer, because the response and validation "
-            "steps compute losses themselves. Pass the criterion of your loop, or "
-            "`forward_loss=fn(model, batch) -> scalar`."
-        )
-    for name, function in (("criterion", criterion), ("forward_loss", forward_loss)):
-        if function is not None and not callable(function):
-            raise UsageError(f"`{name}` must be callable, but got {type(function).__name__}.")
-    if response not in {"full", "gate"}:
-        raise UsageError(f"`response` must be 'full' or 'gate', but got {response!r}.")
-    for name, value in (("scale", scale), ("response_lr", response_lr)):
-        if not 0 < value < math.inf:
-            raise UsageError(f"`0 < {name} < inf` must hold, but got {name}={value}.")
-
-
-def _refuse_empty(loader: Iterable[Any] | None, name: str) -> None:
-    if loader is None:
-        return
-    if not hasattr(loader, "__iter__"):
-        raise UsageError(f"`{name}` must be iterable, but got {type(loader).__name__}.")
-    if isinstance(loader, Sized) and len(loader) == 0:
-        raise UsageError(
-            f"`{name}` must yield at least one batch, but its length is 0. Check the dataset's "
-            f"length against batch_size and drop_last."
-        )
-    if name == "valid_loader" and hasattr(loader, "__next__"):
-        raise UsageError(
-            "`valid_loader` must be iterable again and again, but got an iterator, which is "
-            "exhausted after one pass. Pass the DataLoader itself."
-        )
-
-
-# Defaults -----------------------------------------------------------------------------------------
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:

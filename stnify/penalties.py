@@ -1,7 +1,7 @@
 """Parts: loss terms with a tunable coefficient."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ def weight_decay(
     coefficient: Tensor,
     weights: Iterable[str],
     parameters: Mapping[str, Tensor],
-    responses: Mapping[str, Any],
+    responses: Mapping[str, SquaredNorm],
     response_input: Tensor,
 ) -> Tensor:
     r"""Return the batch mean of :math:`\frac{1}{2} c_i \lVert w_0 + \Theta\epsilon_i \rVert^2`.

@@ -41,8 +41,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"declare", "errors", "export", "loaders", "optimizer", "plan", "schedule", "step"},
         *{"tunable", "tuner"},
     },
+    "checks": {"errors", "tunable"},
     "convert": {
-        *{"bundle", "declare", "errors", "linearize", "loaders", "optimizer", "plan", "planning"},
+        *{
+            "bundle",
+            "checks",
+            "declare",
+            "errors",
+            "linearize",
+            "loaders",
+            "optimizer",
+            "plan",
+            "planning",
+        },
         *{"rewrite", "schedule", "step", "streams", "trace", "tunable", "tuner"},
     },
 }

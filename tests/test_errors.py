@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import FEATURES, IDLE, batches, convert, convolutional_network, perceptron, train
+from cases import (
+    FEATURES,
+    IDLE,
+    BranchingNetwork,
+    batches,
+    convert,
+    convolutional_network,
+    perceptron,
+    train,
+)
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 from torch.utils.data import DataLoader, TensorDataset
@@ -231,19 +240,6 @@ def test_meta_buffers_are_refused_by_name():
     model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, affine=False, device="meta"))
     with pytest.raises(UnsupportedModuleError, match=r"'1.running_mean' is on the meta device"):
         stnify(model, [WeightDecay()])
-
-
-def test_a_forward_that_cannot_be_traced_says_what_to_do():
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(6, 3)
-
-        def forward(self, inputs):
-            return self.linear(inputs) if inputs.sum() > 0 else inputs[:, :3]
-
-    with pytest.raises(TraceError, match=r"Branching.forward must be traceable.*`leaves=`"):
-        stnify(Branching(), [WeightDecay()])
 
 
 def test_a_graph_that_differs_from_the_model_is_refused_before_anything_moves():
@@ -618,6 +614,13 @@ def test_a_batch_of_one_names_the_batch_norm(method):
     assert stn.step(first_batch(2)) > 0
     assert not same(parameters(stn), before)
     assert stn.model.eval()(first_batch(1)[0]).shape == (1, 3)
+
+
+def test_a_batch_norm_inside_an_untraced_forward_is_named_too():
+    stn = convert(BranchingNetwork(), [Dropout(at="input")])
+    with pytest.raises(ShapeError, match=r"BatchNorm 'norm' needs more than one value .*\[1, 8\]"):
+        stn.step(first_batch(1))
+    assert stn.step(first_batch(2)) > 0
 
 
 def test_a_batch_of_one_in_the_response_step_names_the_batch_norm():

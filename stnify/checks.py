@@ -1,0 +1,126 @@
+"""8a. What is refused at the door, before anything is built."""
+
+import math
+from collections.abc import Callable, Iterable, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from stnify.errors import UnsupportedModuleError, UsageError
+from stnify.tunable import TunableModule
+
+WRAPPERS: dict[type[nn.Module], str] = {
+    nn.DataParallel: "Convert the `.module` inside, then wrap `stn.model`.",
+    nn.parallel.DistributedDataParallel: "Convert the `.module` inside, then wrap `stn.model`.",
+    torch._dynamo.eval_frame.OptimizedModule: (
+        "Convert the model before it is compiled, and pass `compile=True`."
+    ),
+    torch.jit.ScriptModule: "Convert the Python module it was made from.",
+}
+"""Wrappers that hide a model, and what to do instead."""
+
+
+def refuse_model(model: nn.Module) -> None:
+    """Refuse what cannot be converted, whatever the plan.
+
+    Raises:
+        UnsupportedModuleError: Not a module; wrapped, scripted or compiled; quantised; a parameter
+            that is lazy, on the meta device, or not a dense tensor.
+        UsageError: The model, or a part of it, was converted already.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModuleError(
+            f"`model` must be an nn.Module, but got {type(model).__name__}."
+        )
+    converted = [name for name, part in model.named_modules() if isinstance(part, TunableModule)]
+    if converted:
+        raise UsageError(
+            f"{f'{converted[0]!r} of ' if converted[0] else ''}`model` was converted already. "
+            f"Convert `stn.export()`, or the original model, with all hyperparameters in one call."
+        )
+    for name, part in model.named_modules():
+        _refuse_part(name, part)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise UnsupportedModuleError(
+                f"every parameter must be materialised, but {name!r} is lazy. Run one batch "
+                f"through the model first."
+            )
+        if tensor.is_meta:
+            raise UnsupportedModuleError(
+                f"every parameter must hold data, but {name!r} is on the meta device. Move the "
+                f'model with `model.to_empty(device="cpu")` and initialise it first.'
+            )
+        if tensor.layout is not torch.strided:
+            raise UnsupportedModuleError(
+                f"every parameter must be a dense tensor, but {name!r} has layout {tensor.layout}. "
+                f"Replace it by `.to_dense()`."
+            )
+
+
+def _refuse_part(name: str, part: nn.Module) -> None:
+    label = f"{name or 'the model'!r} ({type(part).__name__})"
+    for wrapper, remedy in WRAPPERS.items():
+        if isinstance(part, wrapper):
+            raise UnsupportedModuleError(
+                f"the model must be plain modules, but {label} is a {wrapper.__name__}. {remedy}"
+            )
+    if ".quantized" in type(part).__module__:
+        raise UnsupportedModuleError(
+            f"weights must be trainable numbers, but {label} is quantised. Convert and train the "
+            f"floating-point model, and quantise `stn.export()`."
+        )
+
+
+def refuse_arguments(
+    optimizer: Optimizer | None,
+    criterion: Callable[..., Tensor] | None,
+    forward_loss: Callable[..., Tensor] | None,
+    response: str,
+    scale: float,
+    response_lr: float,
+) -> None:
+    """Refuse arguments of ``stnify`` that do not fit each other.
+
+    Raises:
+        UsageError: No criterion with an optimizer, or a number or choice that is out of bounds.
+    """
+    if optimizer is not None and criterion is None and forward_loss is None:
+        raise UsageError(
+            "`criterion` must be given with an optimizer, because the response and validation "
+            "steps compute losses themselves. Pass the criterion of your loop, or "
+            "`forward_loss=fn(model, batch) -> scalar`."
+        )
+    for name, function in (("criterion", criterion), ("forward_loss", forward_loss)):
+        if function is not None and not callable(function):
+            raise UsageError(f"`{name}` must be callable, but got {type(function).__name__}.")
+    if response not in {"full", "gate"}:
+        raise UsageError(f"`response` must be 'full' or 'gate', but got {response!r}.")
+    for name, value in (("scale", scale), ("response_lr", response_lr)):
+        if not 0 < value < math.inf:
+            raise UsageError(f"`0 < {name} < inf` must hold, but got {name}={value}.")
+
+
+def refuse_empty(loader: Iterable[Any] | None, name: str) -> None:
+    """Refuse a loader that can be seen to yield nothing; None is no loader.
+
+    Raises:
+        UsageError: It is empty or no iterable, or validates and can be iterated only once.
+    """
+    if loader is None:
+        return
+    if not hasattr(loader, "__iter__"):
+        raise UsageError(f"`{name}` must be iterable, but got {type(loader).__name__}.")
+    if isinstance(loader, Sized) and len(loader) == 0:
+        raise UsageError(
+            f"`{name}` must yield at least one batch, but its length is 0. Check the dataset's "
+            f"length against batch_size and drop_last."
+        )
+    if name == "valid_loader" and hasattr(loader, "__next__"):
+        raise UsageError(
+            "`valid_loader` must be iterable again and again, but got an iterator, which is "
+            "exhausted after one pass. Pass the DataLoader itself."
+        )
