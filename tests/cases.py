@@ -33,6 +33,22 @@ def convolutional_network() -> nn.Sequential:
     )
 
 
+class BranchingNetwork(nn.Module):
+    """A classifier of ``(batch, 6)`` whose forward looks at its data, so that it is not traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout(0.0)
+        self.last = nn.Linear(8, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Predict, the other way about if the batch is negative on the whole."""
+        hidden = self.drop(self.norm(self.first(inputs)))
+        return self.last(hidden.tanh() if inputs.sum() > 0 else hidden.relu())
+
+
 def examples(count: int, seed: int = 0) -> TensorDataset:
     """Gaussian features whose class is the largest of three noisy sums."""
     generator = torch.Generator().manual_seed(seed)

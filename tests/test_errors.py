@@ -242,6 +242,14 @@ def test_meta_buffers_are_refused_by_name():
         stnify(model, [WeightDecay()])
 
 
+def test_a_forward_that_cannot_be_traced_has_no_place_for_insertions():
+    with pytest.raises(
+        DeclarationError, match=r'`at="input"` needs a model .* can be traced: cann'
+    ):
+        convert(BranchingNetwork(), [Dropout(at="input")])
+    convert(BranchingNetwork(), [Dropout()])
+
+
 def test_a_graph_that_differs_from_the_model_is_refused_before_anything_moves():
     class Moody(nn.Module):
         def __init__(self):
@@ -617,7 +625,7 @@ def test_a_batch_of_one_names_the_batch_norm(method):
 
 
 def test_a_batch_norm_inside_an_untraced_forward_is_named_too():
-    stn = convert(BranchingNetwork(), [Dropout(at="input")])
+    stn = convert(BranchingNetwork(), [Dropout()])
     with pytest.raises(ShapeError, match=r"BatchNorm 'norm' needs more than one value .*\[1, 8\]"):
         stn.step(first_batch(1))
     assert stn.step(first_batch(2)) > 0

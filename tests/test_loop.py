@@ -14,6 +14,7 @@ from cases import (
     CLASSES,
     FEATURES,
     IDLE,
+    BranchingNetwork,
     batches,
     convert,
     convolutional_network,
@@ -66,11 +67,11 @@ def same(left, right):
 # Parity with the plain loop (C2, C6) --------------------------------------------------------------
 
 
-@pytest.fixture(params=["perceptron", "convolutional network"])
+@pytest.fixture(params=[perceptron, convolutional_network, BranchingNetwork])
 def models(request):
     """Return the same model twice."""
     torch.manual_seed(0)
-    model = perceptron() if request.param == "perceptron" else convolutional_network()
+    model = request.param()
     return model, copy.deepcopy(model)
 
 
@@ -145,10 +146,11 @@ def test_weight_decay_leaves_gradients_as_the_loop_made_them():
 
 def test_the_users_model_stays_as_it_was(models):
     model, untouched = models
+    dropout = Dropout() if isinstance(model, BranchingNetwork) else Dropout(at="input")
     model.note = "mine"
     attributes = set(vars(model))
     random_state = torch.get_rng_state()
-    stn = convert(model, [Dropout(at="input")])
+    stn = convert(model, [dropout])
     assert torch.equal(torch.get_rng_state(), random_state)
     assert set(vars(model)) == attributes
     assert list(model.state_dict()) == list(untouched.state_dict())
@@ -165,22 +167,30 @@ def general_objects(stn):
     return stn.model.general_parameters().values()
 
 
-def test_modes_of_submodules_stay_as_the_user_set_them():
-    model = convolutional_network()
-    model[2].eval()
-    stn = convert(model, [IDLE])
+NORMALISED = [
+    (convolutional_network, "2", Dropout(after="3")),
+    (BranchingNetwork, "norm", Dropout(init=0.2)),
+]
+
+
+@pytest.mark.parametrize(("make", "norm", "dropout"), NORMALISED)
+def test_modes_of_submodules_stay_as_the_user_set_them(make, norm, dropout):
+    model = make()
+    model.get_submodule(norm).eval()
+    stn = convert(model, [dropout, IDLE])
     assert model.training
-    assert not model[2].training
+    assert not model.get_submodule(norm).training
     train(*stn, 2, criterion=stn.criterion)
     assert stn.model.training
-    assert not stn.model.get_submodule("2").training
-    assert stn.model.get_submodule("2").num_batches_tracked == 0
+    assert not stn.model.get_submodule(norm).training
+    assert stn.model.get_submodule(norm).num_batches_tracked == 0
 
 
-def test_buffers_are_updated_once_an_iteration():
-    stn = convert(convolutional_network(), [Dropout(after="3")], valid_steps=2)
+@pytest.mark.parametrize(("make", "norm", "dropout"), NORMALISED)
+def test_buffers_are_updated_once_an_iteration(make, norm, dropout):
+    stn = convert(make(), [dropout], valid_steps=2)
     train(*stn, 7)
-    assert stn.model.get_submodule("2").num_batches_tracked == 7
+    assert stn.model.get_submodule(norm).num_batches_tracked == 7
     assert stn.counters.validation_steps == 14
 
 
@@ -405,10 +415,12 @@ def test_tune_scale_false_leaves_sigma():
     assert stn.values() != values
 
 
+@pytest.mark.parametrize(("make", "norm", "dropout"), NORMALISED)
 @pytest.mark.parametrize("method", ["delta", "centered", "stn", "fixed"])
-def test_every_method_trains(method):
+def test_every_method_trains(method, make, norm, dropout):
     torch.manual_seed(0)
-    stn = convert(convolutional_network(), [Dropout(after="3"), WeightDecay()], method=method)
+    # Uncentred layers receive lambda itself, so start with one of the size of 1.
+    stn = convert(make(), [dropout, WeightDecay(init=0.1)], method=method)
     values, before = stn.values(), general(stn)
     inputs, target = examples(40).tensors
     start = F.cross_entropy(stn.model.eval()(inputs), target)
@@ -417,6 +429,41 @@ def test_every_method_trains(method):
     assert not same(general(stn), before)
     assert (stn.values() == values) == (method == "fixed")
     assert F.cross_entropy(stn.model.eval()(inputs), target) < start
+
+
+class Straight(BranchingNetwork):
+    """The branching network on one of its branches."""
+
+    def forward(self, inputs):
+        return self.last(self.drop(self.norm(self.first(inputs))).tanh())
+
+
+class Untraceable(Straight):
+    """The same, behind a question about the data whose answer is always yes."""
+
+    def forward(self, inputs):
+        return super().forward(inputs) if inputs.sum() < math.inf else inputs
+
+
+@pytest.mark.parametrize("method", ["delta", "centered", "stn", "fixed"])
+def test_an_untraceable_model_trains_as_its_traceable_twin(method):
+    torch.manual_seed(0)
+    traced, swapped = Straight(), Untraceable()
+    swapped.load_state_dict(traced.state_dict())
+    hparams = [Dropout(init=0.2), WeightDecay(init=0.1)]
+    one, other = (convert(model, hparams, method=method) for model in (traced, swapped))
+    assert not one.model.tunables.swapped
+    assert other.model.tunables.swapped
+    train(*one, 8)
+    train(*other, 8)
+    assert same(general(one), general(other))
+    assert same(
+        {name.rpartition(".layers.")[2]: value for name, value in response(one).items()},
+        {name.rpartition(".layers.")[2]: value for name, value in response(other).items()},
+    )
+    assert one.values() == other.values()
+    train(*one, 1)
+    assert not same(general(one), general(other))
 
 
 def test_a_validation_step_by_hand_is_the_one_of_the_loader():
@@ -896,10 +943,11 @@ def test_named_parameters_and_later_groups_are_kept():
 # Copies -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("make", "norm", "dropout"), NORMALISED)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_compute_the_same_and_live_their_own_life(copied):
+def test_copies_compute_the_same_and_live_their_own_life(copied, make, norm, dropout):
     torch.manual_seed(0)
-    stn = convert(convolutional_network(), [Dropout(after="3"), WeightDecay()])
+    stn = convert(make(), [dropout, WeightDecay()])
     train(*stn, 3)
     twin = copied(stn.model)
     inputs = first_batches(1)[0][0]
