@@ -7,7 +7,16 @@ from functools import cache
 
 import pytest
 import torch
-from cases import FEATURES, IDLE, batches, convert, convolutional_network, examples, perceptron
+from cases import (
+    FEATURES,
+    IDLE,
+    BranchingNetwork,
+    batches,
+    convert,
+    convolutional_network,
+    examples,
+    perceptron,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -199,7 +208,6 @@ def test_a_replay_resumes():
     schedule = History.from_dict(recorded.to_dict())
 
     def replay(seed):
-        model = nn.Sequential(convolutional_network())
         run = object.__new__(Run)
         torch.manual_seed(seed)
         model = nn.Sequential(convolutional_network())
@@ -218,6 +226,25 @@ def test_a_replay_resumes():
     resumed = replay(9).load(stored(first.state())).train(sequence[5:])
     assert same(resumed.state(), whole.state())
     assert not same(first.state(), whole.state())
+
+
+def test_a_model_that_cannot_be_traced_resumes():
+    def converted(seed):
+        torch.manual_seed(seed)
+        return convert(BranchingNetwork(), [Dropout(init=0.3), WeightDecay()], seed=seed)
+
+    sequence = training_batches()
+    whole, first = converted(0), converted(0)
+    for batch in sequence:
+        whole.step(batch)
+    for batch in sequence[:5]:
+        first.step(batch)
+    resumed = converted(9)
+    resumed.load_state_dict(stored(first.state_dict()))
+    for batch in sequence[5:]:
+        resumed.step(batch)
+    assert same(resumed.state_dict(), whole.state_dict())
+    assert not same(first.state_dict(), whole.state_dict())
 
 
 def test_a_model_without_optimizer_saves_and_loads():
