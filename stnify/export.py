@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from stnify.errors import UsageError
 from stnify.tunable import TunableModule
 
 
@@ -23,7 +24,17 @@ def export_folded(model: TunableModule) -> nn.Module:
 
     Weights become :math:`W + (U\lambda) \odot W_{response}`, biases likewise; equal to the tunable
     model in eval mode up to rounding. Source: [STN] Eq. 11.
+
+    Raises:
+        UsageError: A weight that responds is computed from parameters, as in standardised kernels.
     """
+    computed = model.computed_weights()
+    if computed:
+        raise UsageError(
+            f"the response of a computed weight cannot be folded into its parameter, but "
+            f"{computed[0]!r} and {len(computed) - 1} more are computed. Exclude their layers, or "
+            f'use method="delta", whose export needs no folding.'
+        )
     plain = export(model)
     parameters = dict(plain.named_parameters(remove_duplicate=False))
     unconstrained = model.hyperparameters.unconstrained

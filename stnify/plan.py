@@ -28,7 +28,7 @@ class WeightSite:
         way: Whether a module or a function is called in the graph, or a module is swapped inside
             another that could not be traced through.
         node: Name of the call in the graph.
-        weight: Qualified name of the weight.
+        weight: Qualified name of the weight, or of the parameter it is computed from.
         bias: Qualified name of the bias, if it is a parameter.
         weight_responds: False if the weight is frozen.
         bias_responds: False if there is no bias, or it is frozen or computed.
@@ -36,6 +36,8 @@ class WeightSite:
         layout: Which rows belong to which example, once it has been measured.
         response_parameters: Parameters this site adds; a weight used twice counts once.
         inside: For a swap, the module that could not be traced through.
+        computed: Shape of the weight if the model computes it, as a standardised kernel; it is then
+            the computed weight that responds.
     """
 
     name: str
@@ -50,6 +52,12 @@ class WeightSite:
     layout: str = "batch (assumed)"
     response_parameters: int = 0
     inside: str | None = None
+    computed: tuple[int, ...] | None = None
+
+    @property
+    def key(self) -> str:
+        """Name under which the uses of a weight share one response."""
+        return self.weight if self.computed is None else f"{self.weight} (computed)"
 
 
 @dataclass(frozen=True)

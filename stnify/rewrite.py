@@ -79,7 +79,8 @@ def rewrite(
             _call_layer(copy, nodes[call.node], call, f"{PREFIX}.layers.{key}", inputs)
         else:
             swaps.layers.setdefault(call.inside, {})[call.name] = layers[call.node]
-        uses.setdefault(call.weight, []).append(Use(call.node, key, call.bias))
+        computed = call.computed is not None
+        uses.setdefault(call.weight, []).append(Use(call.node, key, call.bias, computed))
     swaps.place(copy, tunables, inputs)
     shell = TunableModule(model, tunables, stream, uses, plan.traced.fixed)
     copy.lint()
@@ -97,22 +98,24 @@ def _hyper_layers(model: nn.Module, plan: Plan) -> dict[str, HyperLayer]:
     weights: dict[str, WeightResponse] = {}
     biases: dict[str, BiasResponse] = {}
     layers: dict[str, HyperLayer] = {}
-    of_module: dict[tuple[str, str], HyperLayer] = {}
+    of_module: dict[tuple[str, str, str], HyperLayer] = {}
     for site in plan.weights:
-        call = (site.name, repr(site.arguments))
-        if site.way != "function" and call in of_module:
+        call = (site.name, site.way, site.node if site.way == "function" else repr(site.arguments))
+        if call in of_module:
             layers[site.node] = of_module[call]
             continue
         original, kind = _original(model, plan, site)
-        weight = parameters[site.weight]
-        if site.weight_responds and site.weight not in weights:
+        weight = parameters[site.weight].detach()
+        if site.computed is not None:
+            weight = weight.new_empty(site.computed)
+        if site.weight_responds and site.key not in weights:
             groups = getattr(original, "groups", site.arguments.get("groups", 1))
             units = kind.units(weight, groups)
-            weights[site.weight] = WeightResponse(weight, h, kind.axis, plan.response, units)
+            weights[site.key] = WeightResponse(weight, h, kind.axis, plan.response, units)
         if site.bias_responds and site.bias is not None and site.bias not in biases:
             bias, bound = parameters[site.bias], fan_in_bound(weight)
             biases[site.bias] = BiasResponse(bias, h, bound, plan.response)
-        responses = weights.get(site.weight), biases.get(site.bias or "")
+        responses = weights.get(site.key), biases.get(site.bias or "")
         layers[site.node] = of_module[call] = kind.build(original, responses, site.arguments)
     return layers
 

@@ -72,11 +72,13 @@ class Use(NamedTuple):
         node: Name of the call in the plan.
         layer: Name of the hyper layer.
         bias: Name of the bias it is called with, if it is a parameter.
+        computed: Whether it is called with a weight computed from the parameter.
     """
 
     node: str
     layer: str
     bias: str | None
+    computed: bool
 
 
 def insert(modules: nn.ModuleDict, name: str, module: nn.Module) -> str:
@@ -193,9 +195,17 @@ class TunableModule(nn.Module):
         return {weight: [layers[use.layer] for use in uses] for weight, uses in self._uses.items()}
 
     def weight_responses(self) -> dict[str, WeightResponse]:
-        """Return the response of each weight that has one, by the weight's name."""
-        first = {weight: layers[0].weight_response for weight, layers in self.users().items()}
-        return {weight: response for weight, response in first.items() if response is not None}
+        """Return the response of each parameter that has one as it is, by its name."""
+        found = {}
+        for weight, uses in self._uses.items():
+            layers = [self.hyper_layers[use.layer] for use in uses if not use.computed]
+            if layers and layers[0].weight_response is not None:
+                found[weight] = layers[0].weight_response
+        return found
+
+    def computed_weights(self) -> list[str]:
+        """Return the parameters from which the model computes a weight that responds."""
+        return [name for name, uses in self._uses.items() if any(use.computed for use in uses)]
 
     def bias_responses(self) -> dict[str, BiasResponse]:
         """Return the response of each bias that has one, by the bias's name."""

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"errors", "loaders", "optimizer", "schedule", "step", "streams", "tunable"},
         *{"uncentred", "verify"},
     },
-    "export": {"tunable"},
+    "export": {"errors", "tunable"},
     "bundle": {
         *{"declare", "errors", "export", "loaders", "optimizer", "plan", "schedule", "step"},
         *{"tunable", "tuner"},

@@ -415,6 +415,66 @@ def test_tied_weights_move_as_one_weight():
     assert not torch.allclose(found, model(tokens))
 
 
+# Computed weights ---------------------------------------------------------------------------------
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, inputs):
+        kernel = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(inputs, kernel / kernel.std(), self.bias, self.stride, self.padding)
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, inputs):
+        return F.linear(inputs, self.experts[0] * inputs.mean() + self.experts[1])
+
+
+def test_a_computed_kernel_responds_itself():
+    torch.manual_seed(0)
+    model = nn.Sequential(Standardised(3, 4, 3), nn.Tanh()).double().eval()
+    stn = stnify(model, [DECAY], example_inputs=images(3, 8).double())
+    (site,) = stn.plan.weights
+    assert (site.weight, site.computed) == ("0.weight", (4, 3, 3, 3))
+    assert site.response_parameters == 4 * 27 + 4 + 4 + 4
+    with torch.no_grad():
+        for parameter in stn.model.response_parameters().values():
+            parameter.normal_()
+    response_input, batch = torch.randn(1, 1).double(), images(1, 8).double()
+    layer = stn.model.hyper_layers["0"]
+    kernel = model[0].weight - model[0].weight.mean((1, 2, 3), keepdim=True)
+    kernel = kernel / kernel.std()
+    kernel = kernel + layer.weight_response.materialise(kernel, response_input[0])
+    bias = model[0].bias + layer.bias_response(model[0].bias, response_input)[0]
+    found = stn.model._graph(batch, response_input=response_input)
+    torch.testing.assert_close(found, F.conv2d(batch, kernel, bias).tanh())  # float64
+    assert not torch.allclose(found, model(batch))
+    # The parameter itself does not respond, so neither does its decay.
+    assert stn.model.weight_responses() == {}
+
+
+def test_computed_kernels_cannot_be_folded():
+    stn = stnify(nn.Sequential(Standardised(3, 4, 3)), [DECAY], method="stn")
+    with pytest.raises(UsageError, match=r"'0.weight' and 0 more are computed.*method=\"delta\""):
+        stn.export()
+
+
+def test_a_weight_computed_from_the_input_is_refused():
+    plan = plan_of(nn.Sequential(nn.Linear(4, 4), Routed()))
+    assert reasons(plan)["1"] == "calls F.linear with a weight computed from its input"
+
+
+def test_standardised_convolutions_of_timm_are_covered():
+    model = timm.create_model("test_nfnet", num_classes=3).eval()
+    stn = stnify(model, [DECAY], example_inputs=images(2))
+    kernels = {name for name, p in model.named_parameters() if name.endswith("weight")}
+    assert {site.weight for site in stn.plan.weights} == kernels
+    assert torch.equal(stn.model._graph(images(3)), model(images(3)))
+
+
 # Noise --------------------------------------------------------------------------------------------
 
 

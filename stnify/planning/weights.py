@@ -1,5 +1,6 @@
 """Find every call in which a weight meets activations, and say why any other weight is left."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from torch import fx, nn
 from stnify.declare import Pattern
 from stnify.patterns import choose
 from stnify.plan import Refusal, ResponseKind, WeightSite
+from stnify.planning.computed import evaluate, parameters_behind
 from stnify.trace import Traced, caller, swappable
 
 WEIGHT_MODULES: dict[type[nn.Module], str] = {
@@ -50,7 +52,7 @@ def weight_sites(
     excluded = choose(exclude, dict(model.named_modules(remove_duplicate=False)))
     sites: list[WeightSite] = []
     refusals: dict[str, Refusal] = {}
-    candidates = (c for node in traced.graph.nodes for c in _candidates(model, node, names))
+    candidates = (c for node in traced.graph.nodes for c in _candidates(model, traced, node, names))
     for found in candidates:
         if isinstance(found, WeightSite) and any(_within(found.name, name) for name in excluded):
             found = Refusal(found.name, "excluded by `exclude=`")
@@ -71,11 +73,11 @@ def _within(name: str, owner: str) -> bool:
 
 
 def _candidates(
-    model: nn.Module, node: fx.Node, names: Mapping[int, str]
+    model: nn.Module, traced: Traced, node: fx.Node, names: Mapping[int, str]
 ) -> Iterator[WeightSite | Refusal]:
     """Yield what one node of the graph does with weights."""
     if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
-        yield _function_site(model, node, names)
+        yield _function_site(model, traced, node, names)
     elif node.op == "call_module":
         name = str(node.target)
         module = model.get_submodule(name)
@@ -136,19 +138,25 @@ def _module_reason(module: nn.Module) -> str:
 
 
 def _function_site(
-    model: nn.Module, node: fx.Node, names: Mapping[int, str]
+    model: nn.Module, traced: Traced, node: fx.Node, names: Mapping[int, str]
 ) -> WeightSite | Refusal:
     assert callable(node.target)
     kind, signature = WEIGHT_FUNCTIONS[node.target]
     arguments = _call_arguments(node, signature)
     weight, bias = arguments.pop("weight", None), arguments.pop("bias", None)
-    user = caller(node) or "(root)"
-    parameter = _parameter(model, weight)
-    if parameter is None:
-        return Refusal(user, f"calls F.{node.target.__name__} with a computed weight")
+    user, function = caller(node) or "(root)", node.target.__name__
     if any(isinstance(argument, fx.Node) for argument in arguments.values()):
-        return Refusal(user, "calls a convolution whose geometry is known only while running")
+        return Refusal(user, f"calls F.{function} with a geometry known only while running")
+    behind = parameters_behind(model, weight)
+    if behind is None:
+        return Refusal(user, f"calls F.{function} with a weight computed from its input")
+    if not behind or not isinstance(weight, fx.Node):
+        return Refusal(user, f"calls F.{function} with a weight that is no parameter")
+    parameter = max(behind.values(), key=nn.Parameter.numel)
     bias_parameter = _parameter(model, bias)
+    computed = None
+    if _parameter(model, weight) is None:
+        computed = tuple(evaluate(model, weight, traced.constants).shape)
     weight_name = names[id(parameter)]
     site = WeightSite(
         name=weight_name.rpartition(".")[0],
@@ -160,6 +168,7 @@ def _function_site(
         weight_responds=parameter.requires_grad,
         bias_responds=bias_parameter is not None and bias_parameter.requires_grad,
         arguments=arguments,
+        computed=computed,
     )
     if not (site.weight_responds or site.bias_responds):
         return Refusal(weight_name, "frozen (requires_grad=False)")
@@ -185,11 +194,11 @@ def _agreeing(sites: list[WeightSite], refusals: dict[str, Refusal]) -> list[Wei
     """Refuse weights that are used in ways one gate cannot serve."""
     kinds: dict[str, set[str]] = {}
     for site in sites:
-        kinds.setdefault(site.weight, set()).add(site.kind)
+        kinds.setdefault(site.key, set()).add(site.kind)
     kept = []
     for site in sites:
-        if len(kinds[site.weight]) > 1 and not kinds[site.weight] <= {"Linear", "Embedding"}:
-            used = " and ".join(sorted(kinds[site.weight]))
+        if len(kinds[site.key]) > 1 and not kinds[site.key] <= {"Linear", "Embedding"}:
+            used = " and ".join(sorted(kinds[site.key]))
             refusals[site.name] = Refusal(site.name, f"its weight serves {used} at once")
         else:
             kept.append(site)
@@ -216,15 +225,15 @@ def count_responses(
     counted = []
     for site in sites:
         added = 0
-        if site.weight_responds and not seen[site.weight]:
-            weight = parameters[site.weight]
-            units = weight.shape[GATED_AXIS.get(site.kind, 0)]
+        if site.weight_responds and not seen[site.key]:
+            shape = site.computed or parameters[site.weight].shape
+            units = shape[GATED_AXIS.get(site.kind, 0)]
             units *= _groups(model, site) if site.kind.startswith("ConvTranspose") else 1
-            added += units * h + (weight.numel() if response == "full" else 0)
+            added += units * h + (math.prod(shape) if response == "full" else 0)
         if site.bias_responds and site.bias is not None and not seen[site.bias]:
             size = parameters[site.bias].numel()
             added += size * h + (size if response == "full" else 0)
-        seen.update(name for name in (site.weight, site.bias) if name)
+        seen.update(name for name in (site.key, site.bias) if name)
         counted.append(replace(site, response_parameters=added))
     return counted
 
