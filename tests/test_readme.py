@@ -1,0 +1,135 @@
+"""The README keeps its word: its code runs, its numbers were measured, its map is complete."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+COSTS = sorted(RESULTS.glob("step_cost_*.json"))
+EAGER = RESULTS / "step_cost_cpu.json"
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def cost_rows(report):
+    """Table rows: medians of ratios to a plain step."""
+    mode = "compiled" if report["compiled"] else "eager"
+    for result in report["results"]:
+        parts = ("general", "response", "validation", "whole")
+        ratios = [f"{result['ratio'][part]['median']:.2f}" for part in parts]
+        cells = [result["model"], mode, result["response"], *ratios, f"{result['peak_ratio']:.2f}"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def missed_bars(report):
+    """One line for every bar the benchmark found missed."""
+    for bar in report.get("bars", []):
+        if not bar["met"]:
+            yield "- {model}, {response}, {part}: {measured} against a bar of {limit}.".format(
+                **bar
+            )
+
+
+def seed_rows(report):
+    """Table rows: medians over seeds."""
+    for start in report["starts"]:
+        losses = [f"{start[method]['test_loss']:.3f}" for method in ("fixed", "delta")]
+        accuracies = [f"{start[method]['test_accuracy']:.1%}" for method in ("fixed", "delta")]
+        pairs = [f"{loss} ({share})" for loss, share in zip(losses, accuracies, strict=True)]
+        wins = f"{start['seeds_where_tuning_is_better']} of {start['seeds']}"
+        yield f"| {start['dropout']} | {' | '.join(pairs)} | {wins} |"
+
+
+@pytest.fixture(scope="module")
+def namespace():
+    """What the README's Python code leaves behind, run from top to bottom."""
+    torch.manual_seed(0)
+    found = {"__name__": "readme"}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), found)
+    return found
+
+
+def test_its_code_runs_and_tunes(namespace):
+    stn = namespace["stn"]
+    assert len(blocks("python")) >= 4
+    assert stn.counters.training_steps > 0
+    assert stn.counters.validation_steps > 0
+    assert stn.values() != stn.history.records[0].values
+
+
+def test_what_it_exports_is_the_users_class(namespace):
+    plain = namespace["plain"]
+    assert type(plain) is type(namespace["fresh"])
+    assert plain.state_dict().keys() == namespace["fresh"].state_dict().keys()
+    assert namespace["model"].state_dict().keys() != plain.state_dict().keys()
+
+
+def test_the_loop_after_is_the_loop_before():
+    before, after = (block.partition("\nfor x, y in ") for block in blocks("python")[1:3])
+    assert before[2]
+    assert before[2] == after[2]
+    assert before[0] in after[0]
+    assert before[0] != after[0]
+
+
+def test_its_commands_are_two_and_the_second_is_the_one_ci_runs():
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line]
+    assert len(commands) == 2
+    assert all((ROOT / path).exists() for path in ("recipes/quickstart.py", ".ci/test"))
+    assert commands[0].endswith("recipes/quickstart.py")
+    assert '-e ".[quickstart]"' in commands[0]
+    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert commands[0] not in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("path", COSTS, ids=lambda path: path.stem)
+def test_its_table_of_costs_is_the_measured_one(path):
+    report = json.loads(path.read_text())
+    rows = list(cost_rows(report))
+    assert rows
+    assert all(row in README for row in rows)
+    report["results"][0]["ratio"]["whole"]["median"] += 0.02
+    assert next(cost_rows(report)) not in README
+    assert report["torch"] in README
+    assert report["device"] in README
+
+
+def test_it_admits_every_bar_that_is_missed():
+    report = json.loads(EAGER.read_text())
+    found = re.findall(r"^- .* against a bar of .*\.$", README, re.MULTILINE)
+    assert found == list(missed_bars(report))
+    report["bars"][0]["met"] = not report["bars"][0]["met"]
+    assert found != list(missed_bars(report))
+
+
+def test_its_table_of_results_is_the_measured_one():
+    report = json.loads((RESULTS / "quickstart_seeds.json").read_text())
+    rows = list(seed_rows(report))
+    assert len(rows) == 2
+    assert all(row in README for row in rows)
+    report["starts"][0]["delta"]["test_loss"] += 0.01
+    assert next(seed_rows(report)) not in README
+
+
+def test_its_map_lists_every_file_once():
+    section = README.split("## The rooms")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\S+\.py)` \|", section, re.MULTILINE)
+    files = {str(p.relative_to(ROOT / "stnify")) for p in (ROOT / "stnify").rglob("*.py")}
+    assert set(listed) == files
+    assert len(listed) == len(files)
+
+
+def test_links_and_citation_keys_lead_somewhere():
+    for target in re.findall(r'(?:\]\(|src=")(?!http)([^)#"]+)', README):
+        assert (ROOT / target).exists(), target
+    for key, paper in (("DeltaSTN", "2010.13514"), ("STN", "1903.03088")):
+        assert re.search(rf"^\[{key}\]: https://arxiv.org/abs/{paper}$", README, re.MULTILINE)
+    assert "[NoSuchKey]:" not in README
