@@ -228,6 +228,25 @@ def test_a_replay_resumes():
     assert not same(first.state(), whole.state())
 
 
+def test_jitter_goes_on_about_the_start_of_the_run_it_resumes():
+    def converted(init):
+        torch.manual_seed(0)
+        hparams = [Dropout(at="input", init=init)]
+        return convert(perceptron(), hparams, method="fixed", jitter="gaussian", scale=0.1)
+
+    sequence = training_batches()
+    whole, first, other = converted(0.2), converted(0.2), converted(0.7)
+    for batch in sequence:
+        whole.step(batch)
+    for batch in sequence[:5]:
+        first.step(batch)
+    other.load_state_dict(stored(first.state_dict()))
+    for batch in sequence[5:]:
+        other.step(batch)
+    assert same(other.state_dict(), whole.state_dict())
+    assert not same(converted(0.7).state_dict(), converted(0.2).state_dict())
+
+
 def test_a_model_that_cannot_be_traced_resumes():
     def converted(seed):
         torch.manual_seed(seed)
