@@ -147,6 +147,9 @@ class TunableModule(nn.Module):
                 raise
             return getattr(original, name)
 
+    def __getitem__(self, key: Any) -> Any:
+        return self._original[key]
+
     def __getstate__(self) -> dict[str, Any]:
         passing: dict[str, Any] = {
             "_running": None,

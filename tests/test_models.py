@@ -168,6 +168,15 @@ def test_timm_attributes_are_proxied():
         _ = shell.no_such_thing
 
 
+def test_a_sequential_can_still_be_indexed():
+    model = ZOO["perceptron"]()
+    shell = stnify(model, [DECAY]).model
+    assert shell[1] is model[1]
+    assert [type(module) for module in shell] == [type(module) for module in model]
+    with pytest.raises(TypeError, match="not subscriptable"):
+        _ = stnify(ZOO["functional"](), [DECAY]).model[0]
+
+
 def test_moving_the_shell_moves_what_the_graph_uses():
     stn = stnify(ZOO["functional"](), [DECAY])
     stn.model.double().eval()
