@@ -73,6 +73,7 @@ class STNOptimizer(Optimizer):
         self._before = before_general_step
         self._after = after_general_step
         self._joint = joint
+        self._buffers: dict[nn.Parameter, Tensor] = {}
         for name in _HOOKS:
             setattr(self, name, OrderedDict())
         self._patch_step_function()
@@ -136,12 +137,36 @@ class STNOptimizer(Optimizer):
                 result = closure()
         self._before()
         self.synchronise()
-        with _decayed_gradients(self._decays()):
+        with self._decayed_gradients():
             self.base.step()
             if self._joint:
                 self.response.step()
         self._after(self.response)
         return result
+
+    @contextmanager
+    def _decayed_gradients(self) -> Iterator[None]:
+        """Add the decay to the gradients while the body runs."""
+        decays = self._decays()
+        before = {p: p.grad for p in decays if p.grad is not None}
+        for parameter, gradient in before.items():
+            parameter.grad = self._decayed(parameter, gradient, decays[parameter])
+        try:
+            yield
+        finally:
+            for parameter, gradient in before.items():
+                parameter.grad = gradient
+
+    def _decayed(self, parameter: nn.Parameter, gradient: Tensor, decay: float | Tensor) -> Tensor:
+        if isinstance(decay, Tensor):
+            return gradient + decay
+        buffer = None  # kept on a CPU, where fresh memory is slow
+        if gradient.device.type == "cpu" and gradient.layout is torch.strided:
+            buffer = self._buffers.get(parameter)
+            if buffer is None or buffer.dtype is not gradient.dtype:
+                buffer = self._buffers[parameter] = torch.empty_like(gradient)
+        # The very operation by which torch.optim.SGD decays.
+        return torch.add(gradient, parameter.detach(), alpha=decay, out=buffer)
 
     def synchronise(self) -> None:
         """Copy each general group's settings to its response group."""
@@ -220,20 +245,3 @@ def _twin(base: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     for name in _HOOKS:
         setattr(twin, name, OrderedDict())
     return twin
-
-
-@contextmanager
-def _decayed_gradients(decays: Decays) -> Iterator[None]:
-    """Add the decay to the gradients while the body runs."""
-    before = {p: p.grad for p in decays if p.grad is not None}
-    for parameter, gradient in before.items():
-        decay = decays[parameter]
-        if isinstance(decay, Tensor):
-            parameter.grad = gradient + decay
-        else:  # the very operation by which torch.optim.SGD decays
-            parameter.grad = gradient.add(parameter.detach(), alpha=decay)
-    try:
-        yield
-    finally:
-        for parameter, gradient in before.items():
-            parameter.grad = gradient

@@ -6,10 +6,10 @@ from typing import Protocol
 from torch import Tensor
 
 
-class SquaredNorm(Protocol):
-    """A response that knows the squared norm of the weight it perturbs."""
+class SquaredNormChange(Protocol):
+    """A response that knows by how much it changes the squared norm of its weight."""
 
-    def squared_norm(self, general: Tensor, response_input: Tensor) -> Tensor:
+    def squared_norm_change(self, general: Tensor, response_input: Tensor) -> Tensor:
         """Return ``(batch,)``."""
         ...
 
@@ -18,12 +18,13 @@ def weight_decay(
     coefficient: Tensor,
     weights: Iterable[str],
     parameters: Mapping[str, Tensor],
-    responses: Mapping[str, SquaredNorm],
+    responses: Mapping[str, SquaredNormChange],
     response_input: Tensor,
 ) -> Tensor:
     r"""Return the batch mean of :math:`\frac{1}{2} c_i \lVert w_0 + \Theta\epsilon_i \rVert^2`.
 
-    Exact for each example's own perturbed weights, without building them.
+    Exact for each example's own perturbed weights, without building them, up to what is constant:
+    the norm of a general weight counts only if that weight requires a gradient.
 
     Args:
         coefficient: c, ``(batch,)``, constrained units.
@@ -37,8 +38,8 @@ def weight_decay(
     total: Tensor | float = 0.0
     for name in weights:
         general = parameters[name]
-        if name in responses:
-            total = total + responses[name].squared_norm(general, response_input)
-        else:
+        if general.requires_grad:
             total = total + general.square().sum()
+        if name in responses:
+            total = total + responses[name].squared_norm_change(general, response_input)
     return (0.5 * coefficient * total).mean()

@@ -113,6 +113,7 @@ def response_step(
     linearized: bool = True,
     fraction: float = 1.0,
     forward: Forward | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> StepResult:
     """Return the gradient of the perturbed training loss for the response parameters.
 
@@ -126,23 +127,23 @@ def response_step(
         linearized: First-order predictions ([DeltaSTN] 3.13) or the perturbed weights' own (3.10).
         fraction: Leading part of each batch that is used.
         forward: Compiled stand-in for the forward function.
+        buffers: Tensors to overwrite with the gradients, by parameter; fresh ones by default.
     """
     forward = forward or (linearized_forward if linearized else perturbed_forward)
     parameters = model.response_parameters()
     sizes = [_part(batch_size(batch), fraction) for batch in batches]
     losses: list[Tensor] = []
-    totals: tuple[Tensor, ...] = ()
+    for name, parameter in parameters.items():
+        parameter.grad = torch.zeros_like(parameter) if buffers is None else buffers[name].zero_()
     for batch, size in zip(batches, sizes, strict=True):
         weight = size / max(sum(sizes), 1)
         batch = first_rows(to_device(batch, model), size)
         perturbation = training_perturbation(model.hyperparameters, size)
         with _running(model, forward, perturbation):
             loss = objective(model, batch) + objective.penalty(model, batch, perturbation)
-        loss = weight * loss
-        found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-        totals = tuple(map(torch.add, totals, found)) if totals else found
-        losses.append(loss.detach())
-    return StepResult(torch.stack(losses).sum(), dict(zip(parameters, totals, strict=True)))
+        torch.autograd.backward(weight * loss, inputs=list(parameters.values()))
+        losses.append(weight * loss.detach())
+    return StepResult(torch.stack(losses).sum(), _taken(parameters))
 
 
 def validation_step(
@@ -181,6 +182,15 @@ def validation_step(
         loss - entropy_weight * space.entropy(), list(parameters.values()), materialize_grads=True
     )
     return StepResult(loss.detach(), dict(zip(parameters, found, strict=True)))
+
+
+def _taken(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the gradients and leave the parameters without."""
+    gradients = {}
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        gradients[name], parameter.grad = parameter.grad, None
+    return gradients
 
 
 def _running(

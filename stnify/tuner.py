@@ -131,6 +131,7 @@ class Tuner:
     layouts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._gradients: dict[str, Tensor] = {}
         self._centre = self.model.hyperparameters.unconstrained.detach().clone()
         self._uncentred = None if self.method.centred else UncentredTraining(self.stream)
         if self._uncentred is not None:
@@ -234,7 +235,18 @@ class Tuner:
                 linearized=self.method.response == "linearized",
                 fraction=self.cadence.response_fraction,
                 forward=self.forwards.get("response"),
+                buffers=self._buffers(),
             )
+
+    def _buffers(self) -> dict[str, Tensor] | None:
+        """Return memory for the response gradients, kept on a CPU, where fresh memory is slow."""
+        if self.model.hyperparameters.unconstrained.device.type != "cpu":
+            return None
+        for name, parameter in self.model.response_parameters().items():
+            buffer = self._gradients.get(name)
+            if buffer is None or buffer.dtype is not parameter.dtype:
+                self._gradients[name] = torch.empty_like(parameter)
+        return self._gradients
 
     def _respond(self, batches: Sequence[Any], optimizer: Optimizer) -> None:
         result = self._response(batches)

@@ -55,17 +55,21 @@ class WeightResponse(nn.Module):
         return _along(gate, general, self.axis) * self.weight(general)
 
     def squared_norm(self, general: Tensor, response_input: Tensor) -> Tensor:
-        """Return ``||W + gate * W_response||^2`` for each example, ``(batch,)``.
+        """Return ``||W + gate * W_response||^2`` for each example, ``(batch,)``."""
+        constant = torch.linalg.vector_norm(general).square()
+        return constant + self.squared_norm_change(general, response_input)
 
-        It needs three inner products for each gated unit and no perturbed weight.
+    def squared_norm_change(self, general: Tensor, response_input: Tensor) -> Tensor:
+        """Return ``||W + gate * W_response||^2 - ||W||^2`` for each example, ``(batch,)``.
+
+        It needs two inner products for each gated unit and no perturbed weight.
         """
         gates = self.gates(response_input)
         units = gates.shape[-1]
         general = _by_unit(general, self.axis, units)
         response = general if self.response is None else _by_unit(self.response, self.axis, units)
         products, squares = _InnerProducts.apply(general, response)
-        constant = torch.linalg.vector_norm(general).square()
-        return constant + gates @ (2 * products) + gates.square() @ squares
+        return gates @ (2 * products) + gates.square() @ squares
 
 
 class _InnerProducts(torch.autograd.Function):
