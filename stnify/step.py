@@ -60,24 +60,31 @@ class Objective:
             assert self.criterion is not None
             return _scalar(self.criterion(model(batch[0]), batch[1]), "criterion")
 
-    def penalty(
-        self, model: TunableModule, batch: Any, perturbation: Perturbation
-    ) -> Tensor | float:
-        """Return all penalties of a perturbed training pass, averaged over the batch."""
-        constrained = perturbation.constrained
-        assert constrained is not None
+    def penalty(self, model: TunableModule, batch: Any) -> Tensor | float:
+        """Return the users' penalties in the pass that runs, averaged over the batch."""
         space = model.hyperparameters
+        penalties = [
+            site.penalty(model, batch, space[site.column]).mean()
+            for site in self.losses
+            if site.penalty is not None
+        ]
+        return torch.stack(penalties).sum() if penalties else 0.0
+
+    def decay(self, model: TunableModule, perturbation: Perturbation) -> Tensor:
+        """Return the weight decays of a perturbed training pass, averaged over the batch.
+
+        General weights are constants here, and their own norms are left out.
+        """
+        space, constrained = model.hyperparameters, perturbation.constrained
+        assert constrained is not None
         parameters = {n: p.detach() for n, p in model.general_parameters().items()}
-        total: Tensor | float = 0.0
         responses = model.weight_responses()
+        total = constrained.new_zeros(())
         for site in self.decays:
             column = constrained[:, space.index(site.column)]
             total = total + weight_decay(
                 column, site.parameters, parameters, responses, perturbation.response_input
             )
-        for loss in self.losses:
-            if loss.penalty is not None:
-                total = total + loss.penalty(model, batch, space[loss.column]).mean()
         return total
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -140,9 +147,11 @@ def response_step(
         batch = first_rows(to_device(batch, model), size)
         perturbation = training_perturbation(model.hyperparameters, size)
         with _running(model, forward, perturbation):
-            loss = objective(model, batch) + objective.penalty(model, batch, perturbation)
-        torch.autograd.backward(weight * loss, inputs=list(parameters.values()))
-        losses.append(weight * loss.detach())
+            loss = objective(model, batch) + objective.penalty(model, batch)
+        for part in (loss, objective.decay(model, perturbation)):
+            if part.requires_grad:  # apart, so that the second adds to the gradients in place
+                torch.autograd.backward(weight * part, inputs=list(parameters.values()))
+            losses.append(weight * part.detach())
     return StepResult(torch.stack(losses).sum(), _taken(parameters))
 
 

@@ -72,6 +72,10 @@ class WeightResponse(nn.Module):
         return gates @ (2 * products) + gates.square() @ squares
 
 
+_CACHED = 2**17
+"""Numbers whose product stays in the cache: fresh memory costs more than the arithmetic."""
+
+
 class _InnerProducts(torch.autograd.Function):
     """Returns ``<W, R>`` and ``<R, R>`` of each unit, ``(units,)`` both, for two ``(units, ...)``.
 
@@ -82,7 +86,10 @@ class _InnerProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, general: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(general, response)
-        return (general * response).sum(1), torch.linalg.vector_norm(response, dim=1).square()
+        rows = max(1, _CACHED // max(1, general.shape[1]))
+        pairs = zip(general.split(rows), response.split(rows), strict=True)
+        products = torch.cat([(one * other).sum(1) for one, other in pairs])
+        return products, torch.linalg.vector_norm(response, dim=1).square()
 
     @staticmethod
     @once_differentiable
