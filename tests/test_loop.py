@@ -1073,3 +1073,20 @@ def test_dictionary_batches_go_through_forward_loss():
         forward_loss(stn.model, batch).backward()
         stn.optimizer.step()
     assert moved(before, parts(stn)) == set(before)
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "settings"),
+    [
+        (None, (0.01, 0.99)),  # the papers'
+        (1_000_000, (0.01, 0.99)),
+        (2_000, (12 / 380, 1 - 10 / 380)),  # 1900 steps after warm-up, every fifth validates
+        (100, (0.1, 0.9)),
+    ],
+)
+def test_the_step_size_of_lambda_follows_the_length_of_the_run(total_steps, settings):
+    model = perceptron()
+    stn = stnify(model, [WeightDecay()], total_steps=total_steps)
+    (group,) = stn._tuner.hyper_optimizer.param_groups
+    assert (group["lr"], group["alpha"]) == pytest.approx(settings)
+    assert stn._tuner.cadence.warmup_steps == (100 if total_steps is None else total_steps // 20)
