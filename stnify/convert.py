@@ -220,7 +220,8 @@ def _hyper_optimizer(
 ) -> Optimizer:
     parameters: list[Tensor] = [space.unconstrained, space.raw_scale]
     if make is None:
-        return RMSprop(parameters, **_step_size(total_steps, cadence))
+        lr, alpha = _step_size(total_steps, cadence)
+        return RMSprop(parameters, lr=lr, alpha=alpha)
     if not callable(make):
         raise UsageError(
             f"`hyper_optimizer` must be a function from a list of tensors to an optimizer, such as "
@@ -242,20 +243,18 @@ CROSSING = 12.0
 """Unconstrained distance between the practical ends of a range: sigmoid(-6) to sigmoid(6)."""
 
 
-def _step_size(total_steps: int | None, cadence: Cadence) -> dict[str, float]:
-    """Return RMSprop's settings: the papers', or for a short run larger steps and a shorter memory.
+def _step_size(total_steps: int | None, cadence: Cadence) -> tuple[float, float]:
+    """Return RMSprop's ``lr`` and ``alpha``: the papers', or for a short run more and less memory.
 
     The step size lets lambda cross its range in the run. The memory is a tenth of the run, because
     the first step is the larger the longer the memory: ``lr / sqrt(1 - alpha)``.
     """
     if total_steps is None:
-        return {"lr": 0.01, "alpha": 0.99}
+        return 0.01, 0.99
     tuned = max(total_steps - cadence.warmup_steps, 1)
     validation_steps = max(tuned // cadence.train_steps * cadence.valid_steps, 1)
-    return {
-        "lr": min(max(0.01, CROSSING / validation_steps), 0.1),
-        "alpha": min(max(0.9, 1 - 10 / validation_steps), 0.99),
-    }
+    lr = min(max(0.01, CROSSING / validation_steps), 0.1)
+    return lr, min(max(0.9, 1 - 10 / validation_steps), 0.99)
 
 
 def _validation(

@@ -1086,7 +1086,7 @@ def test_dictionary_batches_go_through_forward_loss():
 )
 def test_the_step_size_of_lambda_follows_the_length_of_the_run(total_steps, settings):
     model = perceptron()
-    stn = stnify(model, [WeightDecay()], total_steps=total_steps)
+    stn = convert(model, [WeightDecay()], warmup_steps=None, train_steps=5, total_steps=total_steps)
     (group,) = stn._tuner.hyper_optimizer.param_groups
     assert (group["lr"], group["alpha"]) == pytest.approx(settings)
     assert stn._tuner.cadence.warmup_steps == (100 if total_steps is None else total_steps // 20)
