@@ -48,7 +48,7 @@ class STN:
         self.optimizer = optimizer
         self._tuner = tuner
         self.train_loader = (
-            None if train_loader is None else ObservedLoader(train_loader, tuner.observe)
+            None if train_loader is None else ObservedLoader(train_loader, self.observe)
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -116,13 +116,14 @@ class STN:
                         f"stn.observe(batch) first."
                     )
                 value = self.hyperparameters[site.column]
-                batch = self._tuner.observed[-1]
+                batch = to_device(self._tuner.observed[-1], self.model)
                 loss = loss + site.penalty(self.model, batch, value).mean()
         return loss
 
     def observe(self, batch: Any) -> None:
         """Tell stnify the batch of the next ``optimizer.step()``; for loops without a loader."""
-        self._tuner.observe(batch)
+        if self.optimizer is not None:
+            self._tuner.observe(batch)
 
     def step(self, batch: Any) -> float:
         """Do all of one iteration on ``batch`` and return the training loss.
@@ -139,7 +140,8 @@ class STN:
             loss = objective(self.model, to_device(batch, self.model))
         else:
             inputs, target = to_device(batch, self.model)
-            loss = self.criterion(self.model(inputs), target)
+            with objective.autocast(self.hyperparameters.unconstrained.device):
+                loss = self.criterion(self.model(inputs), target)
         loss.backward()
         optimizer.step()
         return float(loss.detach())

@@ -12,15 +12,13 @@ from torch.optim import Optimizer
 from stnify.errors import UnsupportedModuleError, UsageError
 from stnify.tunable import TunableModule
 
-WRAPPERS: dict[type[nn.Module], str] = {
-    nn.DataParallel: "Convert the `.module` inside, then wrap `stn.model`.",
-    nn.parallel.DistributedDataParallel: "Convert the `.module` inside, then wrap `stn.model`.",
-    torch._dynamo.eval_frame.OptimizedModule: (
-        "Convert the model before it is compiled, and pass `compile=True`."
-    ),
-    torch.jit.ScriptModule: "Convert the Python module it was made from.",
+WRAPPERS: dict[str, str] = {
+    "DataParallel": "Convert the `.module` inside.",
+    "DistributedDataParallel": "Convert the `.module` inside.",
+    "OptimizedModule": "Convert the model before it is compiled, and pass `compile=True`.",
+    "ScriptModule": "Convert the Python module it was made from.",
 }
-"""Wrappers that hide a model, and what to do instead."""
+"""Class names of wrappers that hide a model, and what to do instead."""
 
 
 def refuse_model(model: nn.Module) -> None:
@@ -63,16 +61,28 @@ def refuse_model(model: nn.Module) -> None:
 
 def _refuse_part(name: str, part: nn.Module) -> None:
     label = f"{name or 'the model'!r} ({type(part).__name__})"
-    for wrapper, remedy in WRAPPERS.items():
-        if isinstance(part, wrapper):
-            raise UnsupportedModuleError(
-                f"the model must be plain modules, but {label} is a {wrapper.__name__}. {remedy}"
-            )
+    names = {kind.__name__ for kind in type(part).__mro__ if kind.__module__.startswith("torch")}
+    for wrapper in sorted(names & WRAPPERS.keys()):
+        raise UnsupportedModuleError(
+            f"the model must be plain modules, but {label} is a {wrapper}. {WRAPPERS[wrapper]}"
+        )
     if ".quantized" in type(part).__module__:
         raise UnsupportedModuleError(
             f"weights must be trainable numbers, but {label} is quantised. Convert and train the "
             f"floating-point model, and quantise `stn.export()`."
         )
+
+
+def refuse_distributed() -> None:
+    """Raise UsageError in a run of several processes: responses are not averaged over them."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        size = distributed.get_world_size()
+        if size > 1:
+            raise UsageError(
+                f"a self-tuning run must have one process, but this one has {size}: response "
+                f"parameters and hyperparameters would drift apart. Train on one device."
+            )
 
 
 def refuse_arguments(
@@ -82,18 +92,22 @@ def refuse_arguments(
     response: str,
     scale: float,
     response_lr: float,
+    total_steps: int | None,
+    tunes: bool,
 ) -> None:
     """Refuse arguments of ``stnify`` that do not fit each other.
 
     Raises:
         UsageError: No criterion with an optimizer, or a number or choice that is out of bounds.
     """
-    if optimizer is not None and criterion is None and forward_loss is None:
+    if optimizer is not None and tunes and criterion is None and forward_loss is None:
         raise UsageError(
             "`criterion` must be given with an optimizer, because the response and validation "
             "steps compute losses themselves. Pass the criterion of your loop, or "
             "`forward_loss=fn(model, batch) -> scalar`."
         )
+    if total_steps is not None and total_steps < 1:
+        raise UsageError(f"`total_steps >= 1` must hold, but got total_steps={total_steps}.")
     for name, function in (("criterion", criterion), ("forward_loss", forward_loss)):
         if function is not None and not callable(function):
             raise UsageError(f"`{name}` must be callable, but got {type(function).__name__}.")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, RMSprop
 
 from stnify.bundle import STN
-from stnify.checks import refuse_arguments, refuse_empty, refuse_model
-from stnify.declare import Declaration, HyperparameterSpace, Pattern, declarations
+from stnify.checks import refuse_arguments, refuse_distributed, refuse_empty, refuse_model
+from stnify.declare import Decay, Declaration, HyperparameterSpace, Pattern, declarations
 from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, nearest
 from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
@@ -112,6 +113,18 @@ def stnify(
         criterion=criterion, train_loader=train_loader, valid_loader=valid_loader)``
     """
     chosen = _method(method, schedule, jitter)
+    refuse_distributed()
+    refuse_model(model)
+    refuse_arguments(
+        optimizer,
+        criterion,
+        forward_loss,
+        response,
+        scale,
+        response_lr,
+        total_steps,
+        tunes=chosen.tunes,
+    )
     cadence = Cadence(
         train_steps=train_steps,
         valid_steps=valid_steps,
@@ -120,9 +133,7 @@ def stnify(
         entropy_weight=entropy_weight,
         tune_scale=tune_scale,
     )
-    refuse_model(model)
-    declared = declarations(hparams)
-    refuse_arguments(optimizer, criterion, forward_loss, response, scale, response_lr)
+    declared = _started(declarations(hparams), optimizer)
     refuse_empty(train_loader, "train_loader")
     refuse_empty(valid_loader, "valid_loader")
     plan = make_plan(
@@ -132,7 +143,7 @@ def stnify(
         response=response,
         exclude=exclude,
         scale=scale,
-        responds=METHODS[method].response is not None or not chosen.centred,
+        responds=chosen.response is not None or not chosen.centred,
     )
     if forward_loss is not None and any(site.penalty for site in plan.losses):
         raise DeclarationError(
@@ -204,6 +215,23 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     double = any(parameter.dtype is torch.float64 for parameter in model.parameters())
     device = devices.pop() if devices else torch.device("cpu")
     return device, torch.float64 if double else torch.float32
+
+
+def _started(
+    declared: Sequence[Declaration], optimizer: Optimizer | None
+) -> tuple[Declaration, ...]:
+    """Start weight decays without an ``init`` at the optimizer's own, if it has one."""
+    groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else []
+    own = next((float(g["weight_decay"]) for g in groups if g.get("weight_decay")), None)
+
+    def started(declaration: Declaration) -> Declaration:
+        low, high = declaration.range
+        fits = own is not None and low < own < high
+        if isinstance(declaration, Decay) and declaration.init is None and fits:
+            return replace(declaration, init=own)
+        return declaration
+
+    return tuple(map(started, declared))
 
 
 def _warmup(warmup_steps: int | None, total_steps: int | None) -> int:

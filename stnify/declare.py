@@ -336,11 +336,16 @@ class HyperparameterSpace(nn.Module):
         It is computed when lambda has changed, but not inside compiled code, which reads it.
         """
         if not torch.compiler.is_compiling():
+            # Both change when an optimizer or ``load_state_dict`` moves lambda; see ``refresh``.
             key = (self.unconstrained._version, self.unconstrained.data_ptr())
             if key != self._current_key:
                 self._current_key, self._values = key, None
                 self._current.copy_(self.constrain(self.unconstrained.detach()))
         return self._current
+
+    def refresh(self) -> None:
+        """Compute ``current`` anew when it is next read, however lambda was moved."""
+        self._current_key = None
 
     def constrain(self, unconstrained: Tensor) -> Tensor:
         """Map ``(..., h)`` unconstrained to constrained units, differentiably: ``s`` of F.1."""

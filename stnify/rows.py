@@ -6,6 +6,7 @@ no such ownership exists (a table that does not depend on the input), one value 
 the mean over the batch, which is an unbiased draw of the same direction.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 from torch import Tensor
@@ -51,7 +52,7 @@ def batch_size(inputs: object) -> int:
     match inputs:
         case Tensor():
             return inputs.shape[0] if inputs.ndim else 0
-        case dict():
+        case Mapping():
             children = list(inputs.values())
         case list() | tuple():
             children = list(inputs)

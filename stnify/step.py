@@ -48,7 +48,7 @@ class Objective:
             ShapeError: The loss is not one number, or the batch is not ``(inputs, target)``.
         """
         device = model.hyperparameters.unconstrained.device
-        with self._autocast(device):
+        with self.autocast(device):
             if self.forward_loss is not None:
                 return _scalar(self.forward_loss(model, batch), "forward_loss")
             if not isinstance(batch, list | tuple) or len(batch) != 2:
@@ -87,7 +87,8 @@ class Objective:
             )
         return total
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return a context in which operations run in ``amp_dtype``, if there is one."""
         if self.amp_dtype is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.amp_dtype)
@@ -138,7 +139,7 @@ def response_step(
     """
     forward = forward or (linearized_forward if linearized else perturbed_forward)
     parameters = model.response_parameters()
-    sizes = [_part(batch_size(batch), fraction) for batch in batches]
+    sizes = [_part(_examples(batch), fraction) for batch in batches]
     losses: list[Tensor] = []
     for name, parameter in parameters.items():
         parameter.grad = torch.zeros_like(parameter) if buffers is None else buffers[name].zero_()
@@ -183,7 +184,7 @@ def validation_step(
     space = model.hyperparameters
     forward = forward or perturbed_forward
     batch = to_device(batch, model)
-    perturbation = validation_perturbation(space, batch_size(batch), centred=centred)
+    perturbation = validation_perturbation(space, _examples(batch), centred=centred)
     with model.evaluating(), _running(model, forward, perturbation):
         loss = objective(model, batch)
     parameters = {"unconstrained": space.unconstrained, "raw_scale": space.raw_scale}
@@ -205,15 +206,26 @@ def _taken(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 def _running(
     model: TunableModule, forward: Forward, perturbation: Perturbation
 ) -> AbstractContextManager[None]:
+    rows = len(perturbation.response_input)
+
     def chosen(graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        given = batch_size((args, kwargs))
+        if given not in {0, rows}:
+            raise ShapeError(
+                f"the model must be called with the {rows} examples of the batch, one perturbation "
+                f"each, but it was called with {given}. Call it once for each view, or put the "
+                f"views into the batch."
+            )
         return forward(graph, args, kwargs, perturbation)
 
     return model.running(chosen, perturbation.constrained)
 
 
 def to_device(batch: Any, model: TunableModule) -> Any:
-    """Move every tensor of ``batch`` to where the model is."""
+    """Move every tensor of ``batch``, or a batch that can move itself, to where the model is."""
     device = model.hyperparameters.unconstrained.device
+    if not isinstance(batch, Tensor | tuple | list | dict) and callable(getattr(batch, "to", None)):
+        return batch.to(device)
     return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
@@ -227,6 +239,16 @@ def first_rows(batch: Any, size: int) -> Any:
         return tensor[:size] if tensor.ndim and tensor.shape[0] == full else tensor
 
     return tree_map_only(Tensor, cut, batch)
+
+
+def _examples(batch: Any) -> int:
+    size = batch_size(batch)
+    if size == 0:
+        raise ShapeError(
+            f"a batch must hold a tensor whose first dimension counts its examples, but got "
+            f"{type(batch).__name__} with none. Use tuples, lists or dicts of tensors."
+        )
+    return size
 
 
 def _part(full: int, fraction: float) -> int:

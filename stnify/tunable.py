@@ -147,6 +147,11 @@ class TunableModule(nn.Module):
                 raise
             return getattr(original, name)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "TunableModule":
+        super()._apply(fn, recurse)
+        self._stream.device = self.hyperparameters.unconstrained.device
+        return self
+
     def __getitem__(self, key: Any) -> Any:
         return self._original[key]
 
@@ -217,9 +222,10 @@ class TunableModule(nn.Module):
         return {bias: response for bias, response in found.items() if response is not None}
 
     def train(self, mode: bool = True) -> "TunableModule":
-        """Set the mode here and on the user's model."""
-        super().train(mode)
-        self._original.training = mode
+        """Set the mode as the user's model does, which may keep parts of itself in eval mode."""
+        self._original.train(mode)
+        self.tunables.train(mode)
+        self.training = mode
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -238,7 +244,9 @@ class TunableModule(nn.Module):
 
     def _run(self, chosen: Pass | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if chosen is not None:
-            return chosen(self._graph, args, kwargs)
+            # A step compiles its whole forward; an ordinary pass compiles the graph.
+            graph = self._graph if self._running else self._compiled.get("general", self._graph)
+            return chosen(graph, args, kwargs)
         graph = self._compiled.get("general", self._graph)
         with self._noise_stream():
             return graph(*args, **kwargs, constrained=self.hyperparameters.current)
@@ -309,9 +317,9 @@ class TunableModule(nn.Module):
         try:
             yield
         finally:
-            self.train(modes[0][1])
             for module, training in modes:
                 module.training = training
+            self._original.training = self.training
 
     @contextmanager
     def buffers_restored(self) -> Iterator[None]:

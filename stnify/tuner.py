@@ -86,11 +86,16 @@ class Counters:
         training_steps: General steps taken.
         validation_steps: Validation steps taken, skipped ones included.
         skipped: Validation steps whose loss or hypergradient was not finite.
+        skipped_responses: Response steps whose loss or gradient was not finite.
     """
 
     training_steps: int = 0
     validation_steps: int = 0
     skipped: int = 0
+    skipped_responses: int = 0
+
+
+_COUNTED = {"validation": "validation_steps", "response": "training_steps"}
 
 
 @dataclass
@@ -164,9 +169,26 @@ class Tuner:
         self._refuse_unused()
         inputs = self.model.remembered_inputs()
         if inputs is not None and self.verify_inputs:
+            self._refuse_other_batch(inputs[0])
             self.verify(*inputs)
         if self.counters.training_steps == 0 and self.method.response is not None:
             self._rehearse()
+
+    def _refuse_other_batch(self, args: tuple[Any, ...]) -> None:
+        """Raise UsageError if the model saw other inputs than the batch that was observed."""
+        batch = self.observed[-1] if self.observed else None
+        if self.objective.forward_loss is not None or not isinstance(batch, list | tuple):
+            return
+        seen, observed = args[0] if args else None, batch[0]
+        if not isinstance(seen, Tensor) or not isinstance(observed, Tensor):
+            return
+        if seen.shape != observed.shape or not torch.equal(seen.cpu(), observed.to(seen).cpu()):
+            raise UsageError(
+                "the model must be trained on the batches that stnify observes, but its inputs "
+                "differ from the batch's: the loop changes them in between. Do that in the dataset "
+                "or collate function, or iterate over the loader you had and call "
+                "stn.observe((inputs, target)) with what the model receives."
+            )
 
     def _rehearse(self) -> None:
         """Take the first response step without effect, so that it fails before anything moves."""
@@ -227,7 +249,13 @@ class Tuner:
             self._tune()
 
     def _response(self, batches: Sequence[Any]) -> StepResult:
-        with self.stream.active():
+        frozen = [n for n, p in self.model.response_parameters().items() if not p.requires_grad]
+        if frozen:
+            raise UsageError(
+                f"response parameters must require gradients, but {frozen[0]!r} does not. To "
+                f"freeze layers after a conversion, leave names that start with '_stnify' alone."
+            )
+        with self.stream.active(), torch.enable_grad():
             return response_step(
                 self.model,
                 batches,
@@ -250,6 +278,10 @@ class Tuner:
 
     def _respond(self, batches: Sequence[Any], optimizer: Optimizer) -> None:
         result = self._response(batches)
+        if not result.is_finite:
+            self.counters.skipped_responses += 1
+            self._warn_of_skip("response", self.counters.skipped_responses, result)
+            return
         parameters = self.model.response_parameters()
         for name, gradient in result.gradients.items():
             parameters[name].grad = gradient
@@ -267,7 +299,7 @@ class Tuner:
 
         A loss or gradient that is not finite moves nothing, is counted, and is warned of once.
         """
-        with self.stream.active():
+        with self.stream.active(), torch.enable_grad():
             result = validation_step(
                 self.model,
                 batch,
@@ -290,6 +322,7 @@ class Tuner:
         space.raw_scale.grad = result.gradients["raw_scale"] if self.cadence.tune_scale else None
         self.hyper_optimizer.step()
         self.hyper_optimizer.zero_grad()
+        space.refresh()
 
     @torch.no_grad()
     def _set_fixed_values(self) -> None:
@@ -304,11 +337,15 @@ class Tuner:
 
     def _skip(self, result: StepResult) -> None:
         self.counters.skipped += 1
-        if self.counters.skipped == 1:
+        self._warn_of_skip("validation", self.counters.skipped, result)
+
+    def _warn_of_skip(self, step: str, count: int, result: StepResult) -> None:
+        if count == 1:
             warnings.warn(
-                f"validation step {self.counters.validation_steps} was skipped: its loss "
-                f"({float(result.loss)}) or hypergradient is not finite. Hyperparameters stay as "
-                f"they are; later skips are counted in stn.counters.skipped without a warning.",
+                f"{step} step {getattr(self.counters, _COUNTED[step]) + (step == 'response')} was "
+                f"skipped: its loss ({float(result.loss)}) or gradient is not finite. Nothing it "
+                f"would have moved has moved; later skips are counted in stn.counters without a "
+                f"warning.",
                 stacklevel=2,
             )
 

@@ -40,7 +40,8 @@ class UncentredTraining:
         space = _space(graph)
         with self.stream.active():
             perturbation = training_perturbation(space, batch_size((args, kwargs)), centred=False)
-            self.drawn.append(perturbation)
+            if torch.is_grad_enabled():
+                self.drawn.append(perturbation)
             space.active = perturbation.constrained
             return graph(*args, **kwargs, **perturbation._asdict())
 

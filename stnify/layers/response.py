@@ -54,11 +54,6 @@ class WeightResponse(nn.Module):
         gate = self.gates(response_input[None])[0]
         return _along(gate, general, self.axis) * self.weight(general)
 
-    def squared_norm(self, general: Tensor, response_input: Tensor) -> Tensor:
-        """Return ``||W + gate * W_response||^2`` for each example, ``(batch,)``."""
-        constant = torch.linalg.vector_norm(general).square()
-        return constant + self.squared_norm_change(general, response_input)
-
     def squared_norm_change(self, general: Tensor, response_input: Tensor) -> Tensor:
         """Return ``||W + gate * W_response||^2 - ||W||^2`` for each example, ``(batch,)``.
 
@@ -86,7 +81,9 @@ class _InnerProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, general: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(general, response)
-        rows = max(1, _CACHED // max(1, general.shape[1]))
+        rows = general.shape[0]
+        if general.device.type == "cpu":
+            rows = max(1, _CACHED // max(1, general.shape[1]))
         pairs = zip(general.split(rows), response.split(rows), strict=True)
         products = torch.cat([(one * other).sum(1) for one, other in pairs])
         return products, torch.linalg.vector_norm(response, dim=1).square()

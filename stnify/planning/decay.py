@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from stnify.declare import Column, Decay, Pattern
+from stnify.declare import Column, Decay, Pattern, WeightDecay
+from stnify.errors import DeclarationError
 from stnify.patterns import choose, matches, require
 from stnify.plan import DecaySite
 
@@ -14,17 +15,23 @@ def decay_sites(
 ) -> tuple[list[Column], list[DecaySite]]:
     """Return the hyperparameters of ``declaration`` and the weights they decay.
 
-    Candidates are trainable weights of two or more dimensions that the model's own
-    ``no_weight_decay()`` does not list.
+    Candidates are trainable weights of two or more dimensions, with dense gradients, that the
+    model's own ``no_weight_decay()`` does not list.
 
     Raises:
-        DeclarationError: It matches no candidate.
+        DeclarationError: It matches no candidate, or is of a kind without a penalty.
     """
+    if not isinstance(declaration, WeightDecay):
+        raise DeclarationError(
+            f"{declaration.name!r} must be a WeightDecay to have a penalty, but is a "
+            f"{type(declaration).__name__}. Use Hyperparameter(penalty=...) for one of your own."
+        )
     candidates = {
         name: model.get_submodule(name.rpartition(".")[0])
         for name, parameter in model.named_parameters()
         if parameter.ndim >= 2 and parameter.requires_grad and name not in _no_decay(model)
     }
+    candidates = {n: m for n, m in candidates.items() if not getattr(m, "sparse", False)}
     purpose = f"`at` of {declaration.name!r}"
     chosen = require(_decayed(declaration.at, candidates), declaration.at, candidates, purpose)
     excluded = set(_decayed(declaration.exclude, candidates))

@@ -6,13 +6,22 @@ them become visible. A function that cannot be traced through is called as it is
 cannot becomes a leaf, with the reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from stnify.patterns import choose
 from stnify.trace.functions import TracedFunctions
-from stnify.trace.tracer import ModuleOutput, SiteTracer, Traced, caller, swappable
+from stnify.trace.tracer import (
+    ModuleOutput,
+    SiteTracer,
+    Traced,
+    caller,
+    random_states,
+    refuse_draws,
+    swappable,
+)
 from stnify.trace.untouched import state_restored
 
 __all__ = ["ModuleOutput", "Traced", "caller", "swappable", "trace"]
@@ -29,25 +38,41 @@ def trace(model: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> Tra
         The graph; if ``model.forward`` itself cannot be traced, it is one call of the whole model.
     """
     names = choose(leaves, dict(model.named_modules()))
-    with state_restored(model) as added, TracedFunctions(model) as functions:
-        model.train()
-        tracer, graph = _trace_root(model, names, functions)
-    constants = {name: value for name, value in added.items() if isinstance(value, Tensor)}
-    whole = frozenset(functions.whole)
+    tracer, graph, constants, whole = _trace_in_mode(model, names, training=True)
+    _, other, _, _ = _trace_in_mode(model, [*names, *tracer.opaque], training=False)
+    if _structure(graph) != _structure(other):
+        graph, constants = _one_leaf(tracer, "it computes something else in eval mode"), {}
     return Traced(graph, tracer.outputs, tracer.opaque, constants, tracer.fixed, whole)
 
 
-def _trace_root(
-    model: nn.Module, leaves: Sequence[str], functions: TracedFunctions
-) -> tuple[SiteTracer, fx.Graph]:
+def _trace_in_mode(
+    model: nn.Module, leaves: Sequence[str], *, training: bool
+) -> tuple[SiteTracer, fx.Graph, dict[str, Tensor], frozenset[Callable[..., Any]]]:
     """Trace from the top, again for each function left whole; else call the model as one leaf."""
-    while True:
-        tracer = SiteTracer(leaves, functions)
-        try:
-            return tracer, tracer.trace(model)
-        except Exception as error:
-            if not functions.leave_whole(error):
-                return tracer, _one_leaf(tracer, f"{type(error).__name__}: {error}")
+    with state_restored(model) as added, TracedFunctions(model) as functions:
+        model.train(training)
+        draws = random_states()
+        while True:
+            tracer = SiteTracer(leaves, functions)
+            try:
+                graph = tracer.trace(model)
+                refuse_draws(draws)
+                break
+            except Exception as error:
+                if not functions.leave_whole(error):
+                    graph = _one_leaf(tracer, f"{type(error).__name__}: {error}")
+                    break
+    constants = {name: value for name, value in added.items() if isinstance(value, Tensor)}
+    return tracer, graph, constants, frozenset(functions.whole)
+
+
+def _structure(graph: fx.Graph) -> list[tuple[str, str]]:
+    """Return what a graph calls, in order, without the constants it was traced with."""
+    return [
+        (node.op, "" if node.op == "get_attr" else str(node.target))
+        for node in graph.nodes
+        if "_tensor_constant" not in str(node.target)
+    ]
 
 
 def _one_leaf(tracer: SiteTracer, reason: str) -> fx.Graph:

@@ -1,10 +1,13 @@
 """The tracer: which modules are leaves, what each call returned, what could not be traced."""
 
+import random
+import sys
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
@@ -52,6 +55,21 @@ class Traced:
     constants: dict[str, Tensor] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     whole: frozenset[Callable[..., Any]] = frozenset()
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the generators a forward may draw from while it is traced."""
+    states = torch.get_rng_state(), random.getstate()
+    if "numpy" not in sys.modules:
+        return states
+    return *states, sys.modules["numpy"].random.get_state()[1].tobytes()
+
+
+def refuse_draws(before: tuple[Any, ...]) -> None:
+    """Raise if a generator has moved: a number drawn while tracing would stay the same for ever."""
+    now = random_states()
+    if not torch.equal(now[0], before[0]) or now[1:] != before[1:]:
+        raise RuntimeError("it draws random numbers that do not depend on its inputs")
 
 
 class SiteTracer(fx.Tracer):
@@ -106,10 +124,12 @@ class SiteTracer(fx.Tracer):
         """Trace a call of ``m``; if that fails, leave a function whole, or ``m`` itself."""
         name = self.path_of_module(m)
         before = set(self.graph.nodes)
+        draws = random_states()
         stack, calls, scope = self.module_stack.copy(), self.num_calls.copy(), copy(self.scope)
         while True:
             try:
                 output = super().call_module(m, forward, args, kwargs)
+                refuse_draws(draws)
                 break
             except Exception as error:
                 if name in self.opaque:

@@ -1,15 +1,18 @@
 """Tracing leaves nothing behind in the model."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
 @contextmanager
 def state_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Put every module's attributes back; yield what tracing added to the root."""
+    """Put every module's attributes and the generators back; yield what was added to the root."""
+    generators = torch.get_rng_state(), random.getstate()
     registries = ("_parameters", "_buffers", "_modules")
     before = [
         (module, dict(module.__dict__), {name: dict(module.__dict__[name]) for name in registries})
@@ -20,6 +23,8 @@ def state_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
     try:
         yield added
     finally:
+        torch.set_rng_state(generators[0])
+        random.setstate(generators[1])
         now = {**model.__dict__, **model._buffers}
         added.update({name: value for name, value in now.items() if name not in known})
         for module, attributes, contents in before:
