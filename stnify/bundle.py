@@ -162,7 +162,7 @@ class STN:
         return self._tuner.validate(batch)
 
     def freeze(self) -> None:
-        """Stop validation steps: hyperparameters stay where they are."""
+        """Stop scheduled validation steps; one called by hand still moves hyperparameters."""
         self._tuner.frozen = True
 
     def unfreeze(self) -> None:
@@ -176,6 +176,10 @@ class STN:
         """
         return export(self.model) if self._tuner.method.centred else export_folded(self.model)
 
+    def save_values(self, path: str | Path) -> None:
+        """Write the hyperparameters with their ranges, values and scales to ``path`` as JSON."""
+        Path(path).write_text(self.hyperparameters.to_json())
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything a run needs to continue to the same bits; loads with weights_only."""
         return {
@@ -188,19 +192,33 @@ class STN:
         """Continue from what ``state_dict`` returned, in an STN that was converted the same way.
 
         Raises:
-            UsageError: The state is of other hyperparameters; nothing was loaded.
+            UsageError: The state is of another model or other hyperparameters; nothing was loaded.
         """
-        found = History.from_dict(state["tuner"]["history"]).names
-        if found != self.hyperparameters.names:
-            raise UsageError(
-                f"a state can be loaded where the same hyperparameters are declared in the same "
-                f"order, but it has the hyperparameters {list(found)} and this one "
-                f"{list(self.hyperparameters.names)}. Convert with the declarations of that run."
-            )
+        self._refuse_other_state(state)
         self.model.load_state_dict(state["model"])
         if self.optimizer is not None and state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self._tuner.load_state_dict(state["tuner"])
+
+    def _refuse_other_state(self, state: Mapping[str, Any]) -> None:
+        missing = {"model", "optimizer", "tuner"} - state.keys()
+        if missing:
+            raise UsageError(f"a state must come from `stn.state_dict()`, but lacks {missing}.")
+        found = [tuple(column) for column in state["tuner"]["columns"]]
+        if found != self._tuner.columns():
+            raise UsageError(
+                f"a state can be loaded where the same hyperparameters are declared in the same "
+                f"order, but it has the hyperparameters (name, low, high) {found} and this one "
+                f"{self._tuner.columns()}. Convert with the declarations of that run."
+            )
+        own = {name: value.shape for name, value in self.model.state_dict().items()}
+        other = {name: value.shape for name, value in state["model"].items()}
+        differing = sorted(n for n in own.keys() | other.keys() if own.get(n) != other.get(n))
+        if differing:
+            raise UsageError(
+                f"a state can be loaded where model, `response` and `exclude` are the same, but "
+                f"{len(differing)} tensors differ, first {differing[0]!r}. Convert as in that run."
+            )
 
     def save(self, path: str | Path) -> None:
         """Write ``state_dict()`` to ``path``; ``torch.load(path, weights_only=True)`` reads it."""

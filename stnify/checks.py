@@ -1,7 +1,7 @@
 """8a. What is refused at the door, before anything is built."""
 
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -118,6 +118,14 @@ def refuse_arguments(
             raise UsageError(f"`0 < {name} < inf` must hold, but got {name}={value}.")
 
 
+def _length(loader: Iterable[Any]) -> int | None:
+    """Return the length of a loader that knows it; one over an ``IterableDataset`` does not."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def refuse_empty(loader: Iterable[Any] | None, name: str) -> None:
     """Refuse a loader that can be seen to yield nothing; None is no loader.
 
@@ -128,7 +136,7 @@ def refuse_empty(loader: Iterable[Any] | None, name: str) -> None:
         return
     if not hasattr(loader, "__iter__"):
         raise UsageError(f"`{name}` must be iterable, but got {type(loader).__name__}.")
-    if isinstance(loader, Sized) and len(loader) == 0:
+    if _length(loader) == 0:
         raise UsageError(
             f"`{name}` must yield at least one batch, but its length is 0. Check the dataset's "
             f"length against batch_size and drop_last."

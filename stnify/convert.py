@@ -164,7 +164,7 @@ def stnify(
         validation=_validation(valid_loader, _mix(seed, 1), device),
         stream=tunable._stream,
         schedule=schedule,
-        jitter=None if jitter is None else JITTERS[jitter](scale),
+        jitter=None if jitter is None else JITTERS[jitter],
         forwards=forwards,
         verify_inputs=verify,
     )
@@ -291,15 +291,15 @@ def _validation(
     return None if loader is None else EndlessLoader(loader, RandomStream(seed, device))
 
 
-def _gaussian(scale: float) -> Callable[[Tensor, int], Tensor]:
-    return lambda centre, step: centre + scale * torch.randn_like(centre)
+def _gaussian(centre: Tensor, scale: Tensor, step: int) -> Tensor:
+    return centre + scale * torch.randn_like(centre)
 
 
-def _sinusoid(scale: float) -> Callable[[Tensor, int], Tensor]:
-    return lambda centre, step: centre + scale * math.sin(2 * math.pi * step / SINUSOID_PERIOD)
+def _sinusoid(centre: Tensor, scale: Tensor, step: int) -> Tensor:
+    return centre + scale * math.sin(2 * math.pi * step / SINUSOID_PERIOD)
 
 
-JITTERS: dict[str, Callable[[float], Callable[[Tensor, int], Tensor]]] = {
+JITTERS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "gaussian": _gaussian,
     "sinusoid": _sinusoid,
 }

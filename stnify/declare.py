@@ -33,8 +33,9 @@ class Declaration(ABC):
 
     Attributes:
         name: Label in ``values()``, histories and reports.
-        init: Start, constrained units, strictly inside ``range``; ``None`` takes the model's own
-            value where it has one, else the kind's default.
+        init: Start, constrained units, strictly inside ``range``; ``None`` takes the model's or the
+            optimizer's own value where there is one inside the range (the mean of several), else
+            the kind's default.
         range: Open interval of the constrained value; either end may be infinite.
         scale: Initial perturbation scale sigma, unconstrained units; ``None`` takes ``stnify``'s.
         per_example: Perturb each example by itself; otherwise one perturbation for each batch.
@@ -148,6 +149,14 @@ class Dropout(Site):
     range: tuple[float, float] = (0.0, 0.95)
     default_init: ClassVar[float] = 0.05
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.range[0] < self.range[1] <= 1:
+            raise DeclarationError(
+                f"the range of {self.name!r} must lie within (0, 1), because it is a probability, "
+                f"but got range={self.range}."
+            )
+
 
 @final
 @dataclass(frozen=True)
@@ -171,7 +180,11 @@ class Hyperparameter(LossTerm):
     """Tune any number your own loss reads.
 
     Either give a ``penalty``, or read ``stn.hyperparameters[name]`` inside the criterion or
-    ``forward_loss``. ``init`` is required.
+    ``forward_loss``, there only while ``model.training`` is true, because the validation loss is
+    computed by the same function. ``init`` is required.
+
+    It must act through predictions, ``model(x)``: a penalty on ``model.parameters()`` sees general
+    weights only, to which nothing responds. ``WeightDecay`` is the one on weights.
 
     Example:
         ``Hyperparameter("logits", 1e-3, (0, 1), penalty=lambda model, batch, value:

@@ -1,4 +1,4 @@
-"""10. Leave stnify: a plain module of the user's class, and the tuned values as JSON."""
+"""10. Leave stnify: a plain module of the user's class, with nothing of stnify in it."""
 
 import copy
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -289,6 +290,12 @@ def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.softmax(-1).masked_fill(nowhere, 0.0)
 
 
+def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    # The function is one operator here, so its own attention call needs its own remedy.
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.multi_head_attention_forward(*args, **kwargs)
+
+
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(input + 3) / 6
 
@@ -307,6 +314,7 @@ FORWARD_MODE_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.instance_norm: _instance_norm,
     # No forward-mode derivative in PyTorch.
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
+    F.multi_head_attention_forward: _multi_head_attention,
     F.hardsigmoid: _hardsigmoid,
     F.glu: _glu,
 }

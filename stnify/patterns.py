@@ -51,6 +51,21 @@ def choose(
     return [name for name, module in modules.items() if chosen(name, module)]
 
 
+def require_each(
+    patterns: str | type[nn.Module] | Sequence[str | type[nn.Module]],
+    modules: Mapping[str, nn.Module | None],
+    purpose: str,
+) -> list[str]:
+    """Return what ``choose`` does; every single pattern must match something.
+
+    Raises:
+        DeclarationError: One matches nothing.
+    """
+    for pattern in [patterns] if isinstance(patterns, str | type) else patterns:
+        require(choose(pattern, modules), pattern, modules, purpose)
+    return choose(patterns, modules)
+
+
 def require(
     chosen: Iterable[str], patterns: object, candidates: Iterable[str], purpose: str
 ) -> list[str]:

@@ -6,6 +6,7 @@ no such ownership exists (a table that does not depend on the input), one value 
 the mean over the batch, which is an unbiased draw of the same direction.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 
@@ -47,15 +48,24 @@ def trailing(values: Tensor, dims: int) -> Tensor:
     return values.reshape(*values.shape, *([1] * (dims - values.ndim)))
 
 
-def batch_size(inputs: object) -> int:
-    """Return the first dimension of the first tensor found in nested ``inputs`` (0 if none)."""
+def first_dimensions(inputs: object) -> list[int]:
+    """Return the first dimension of every tensor in nested ``inputs``, scalars left out."""
     match inputs:
         case Tensor():
-            return inputs.shape[0] if inputs.ndim else 0
+            return [inputs.shape[0]] if inputs.ndim else []
         case Mapping():
             children = list(inputs.values())
         case list() | tuple():
             children = list(inputs)
         case _:
-            return 0
-    return next((size for child in children if (size := batch_size(child))), 0)
+            return []
+    return [size for child in children for size in first_dimensions(child)]
+
+
+def batch_size(inputs: object) -> int:
+    """Return the commonest first dimension in nested ``inputs``, the earliest of equals; 0 if none.
+
+    So a mask or a table that comes with a batch does not count its examples.
+    """
+    sizes = first_dimensions(inputs)
+    return Counter(sizes).most_common(1)[0][0] if sizes else 0

@@ -17,7 +17,7 @@ from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.penalties import weight_decay
 from stnify.perturb import Perturbation, training_perturbation, validation_perturbation
 from stnify.plan import DecaySite, LossSite
-from stnify.rows import batch_size
+from stnify.rows import batch_size, first_dimensions
 from stnify.tunable import TunableModule
 
 Forward = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Perturbation], Any]
@@ -209,11 +209,11 @@ def _running(
     rows = len(perturbation.response_input)
 
     def chosen(graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        given = batch_size((args, kwargs))
-        if given not in {0, rows}:
+        given = first_dimensions((args, kwargs))
+        if given and rows not in given:
             raise ShapeError(
                 f"the model must be called with the {rows} examples of the batch, one perturbation "
-                f"each, but it was called with {given}. Call it once for each view, or put the "
+                f"each, but it was called with {given[0]}. Call it once for each view, or put the "
                 f"views into the batch."
             )
         return forward(graph, args, kwargs, perturbation)

@@ -5,7 +5,7 @@ parameter, buffer and attribute with the originals, but whose layers are stand-i
 reaches the stand-ins through an ``Ambient`` that is set for the time of the call.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -57,8 +57,10 @@ class _StandIn(nn.Module):
 class LayerStandIn(_StandIn):
     """Calls a hyper layer with the original's weight and bias."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the layer, perturbed as the ambient says."""
+    def forward(self, inputs: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Apply the layer, perturbed as the ambient says; transposed kernels take a size."""
+        if output_size is not None:
+            self._added.convolve.output_size = output_size
         weight, bias = self._original.weight, getattr(self._original, "bias", None)
         ambient = self._ambient
         output = self._added(inputs, weight, bias, ambient.response_input, ambient.linearized)

@@ -152,6 +152,14 @@ class TunableModule(nn.Module):
         self._stream.device = self.hyperparameters.unconstrained.device
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module | nn.Parameter) and name != PREFIX:
+            raise UsageError(
+                f"a converted model keeps its modules and parameters, but {name!r} would be set. "
+                f"Change the model before converting it, or convert `stn.export()` anew."
+            )
+        super().__setattr__(name, value)
+
     def __getitem__(self, key: Any) -> Any:
         return self._original[key]
 
@@ -234,7 +242,8 @@ class TunableModule(nn.Module):
         if chosen is None and not self.training:
             return self._compiled.get("evaluation", self._original)(*args, **kwargs)
         self._refuse_other_arguments(args, kwargs)
-        if self._inputs == () and self.training and not torch.compiler.is_compiling():
+        wanted = self._inputs is not None and self.training and self._running is None
+        if wanted and not torch.compiler.is_compiling():
             self.__dict__["_inputs"] = (args, kwargs)
         try:
             return self._run(chosen, args, kwargs)

@@ -111,7 +111,7 @@ class Tuner:
         validation: Endless validation batches, if a loader was given.
         stream: Random numbers for perturbations and masks.
         schedule: Values to replay, for ``method="fixed"``.
-        jitter: Moves fixed values about, step by step: ``(unconstrained, step) -> unconstrained``.
+        jitter: Moves fixed values about: ``(unconstrained, sigma, step) -> unconstrained``.
         forwards: Compiled stand-ins for the forward functions, by step.
         frozen: Validation steps are off.
         observed: Training batches since the last step.
@@ -126,7 +126,7 @@ class Tuner:
     validation: EndlessLoader | None
     stream: RandomStream
     schedule: History | None = None
-    jitter: Callable[[Tensor, int], Tensor] | None = None
+    jitter: Callable[[Tensor, Tensor, int], Tensor] | None = None
     forwards: dict[str, Forward] = field(default_factory=dict)
     verify_inputs: bool = True
     counters: Counters = field(default_factory=Counters)
@@ -299,6 +299,8 @@ class Tuner:
 
         A loss or gradient that is not finite moves nothing, is counted, and is warned of once.
         """
+        space = self.model.hyperparameters
+        known, space.read = space.read, set()
         with self.stream.active(), torch.enable_grad():
             result = validation_step(
                 self.model,
@@ -309,6 +311,8 @@ class Tuner:
                 forward=self.forwards.get("validation"),
             )
         self.counters.validation_steps += 1
+        self._warn_of_reads(space.read)
+        space.read |= known
         if result.is_finite:
             self._move(result)
         else:
@@ -333,11 +337,21 @@ class Tuner:
             self._centre = space.unconstrained.detach().clone()
         if self.jitter is not None:
             with self.stream.active():
-                space.unconstrained.copy_(self.jitter(self._centre, step))
+                space.unconstrained.copy_(self.jitter(self._centre, space.scale, step))
 
     def _skip(self, result: StepResult) -> None:
         self.counters.skipped += 1
         self._warn_of_skip("validation", self.counters.skipped, result)
+
+    def _warn_of_reads(self, names: set[str]) -> None:
+        """Warn, the first time, if the validation loss holds a regulariser."""
+        if names and self.counters.validation_steps == 1:
+            warnings.warn(
+                f"the validation loss reads {sorted(names)}, so it contains what they regularise, "
+                f"and their gradient is not that of the plain loss. Add it only while "
+                f"`model.training` is true.",
+                stacklevel=2,
+            )
 
     def _warn_of_skip(self, step: str, count: int, result: StepResult) -> None:
         if count == 1:
@@ -356,9 +370,14 @@ class Tuner:
 
     # State ----------------------------------------------------------------------------------------
 
+    def columns(self) -> list[tuple[str, float, float]]:
+        """Return name and range of each hyperparameter: what a state must agree in."""
+        return [(c.name, *c.range) for c in self.model.hyperparameters.columns]
+
     def state_dict(self) -> dict[str, Any]:
         """Return counters, history, random streams, lambda's optimizer: all but the model."""
         return {
+            "columns": [list(column) for column in self.columns()],
             "counters": dict(vars(self.counters)),
             "history": self.history.to_dict(),
             "stream": self.stream.state_dict(),

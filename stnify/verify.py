@@ -61,7 +61,7 @@ def _refuse_difference(
     expected, expected_form = tree_flatten(model._original(*args, **kwargs))
     found, found_form = tree_flatten(model._graph(*args, **kwargs))
     same = expected_form == found_form and all(
-        torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        _identical(a, b) if isinstance(a, Tensor) else a == b
         for a, b in zip(expected, found, strict=True)
     )
     if not same:
@@ -70,6 +70,13 @@ def _refuse_difference(
             f"in eval mode, but its output differs. The model's control flow depends on its inputs "
             f"or on something outside; name the module that does so in `leaves=`."
         )
+
+
+def _identical(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same numbers, and NaN in the same places."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _probe_layouts(

@@ -251,22 +251,22 @@ def test_a_forward_that_cannot_be_traced_has_no_place_for_insertions():
 
 
 def test_a_graph_that_differs_from_the_model_is_refused_before_anything_moves():
+    factor = [1.0]
+
     class Moody(nn.Module):
         def __init__(self):
             super().__init__()
             self.linear = nn.Linear(FEATURES, 3)
 
         def forward(self, inputs):
-            outputs = self.linear(inputs)
-            return outputs if self.training else 2 * outputs
+            return factor[0] * self.linear(inputs)
 
     stn = convert(Moody(), [WeightDecay()])
     before = state(stn)
+    factor[0] = 2.0
     with pytest.raises(TraceError, match=r"what Moody computes in eval mode.*`leaves=`"):
         train(*stn, 1)
     assert same(state(stn), before)
-    with pytest.raises(TraceError, match="what Moody computes"):
-        convert(Moody(), [WeightDecay()], example_inputs=torch.randn(4, FEATURES))
 
 
 def test_an_optional_argument_keeps_its_default():
@@ -533,6 +533,7 @@ def test_a_batch_of_another_kind_needs_forward_loss(batch, got):
         stn.step(batch)
     inputs, target = first_batch()
     stn._tuner.observed.clear()
+    stn._tuner.verify_inputs = False  # or the batch would be refused for not being the model's
     stn.observe(batch)
     F.cross_entropy(stn.model(inputs), target).backward()
     with pytest.raises(ShapeError, match=message):
@@ -632,7 +633,7 @@ def test_a_batch_norm_inside_an_untraced_forward_is_named_too():
 
 
 def test_a_batch_of_one_in_the_response_step_names_the_batch_norm():
-    stn = convert(normalised(), [Dropout(after="0")])
+    stn = convert(normalised(), [Dropout(after="0")], verify=False)
     stn.observe(first_batch(1))
     inputs, target = first_batch()
     F.cross_entropy(stn.model(inputs), target).backward()

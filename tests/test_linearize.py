@@ -319,6 +319,22 @@ NO_FIRST = torch.arange(4)[:, None] > torch.arange(5)
 """The first query may look nowhere."""
 QUERIES = (normal(2, 3, 4, 6), normal(2, 3, 5, 6), normal(2, 3, 5, 7))
 
+HIDDEN = normal(5, 3, 4)
+"""Five positions, three examples, width four."""
+ATTENTION = {
+    "embed_dim_to_check": 4,
+    "num_heads": 2,
+    "in_proj_weight": normal(12, 4),
+    "in_proj_bias": normal(12),
+    "bias_k": None,
+    "bias_v": None,
+    "add_zero_attn": False,
+    "dropout_p": 0.0,
+    "out_proj_weight": normal(4, 4),
+    "out_proj_bias": normal(4),
+    "need_weights": False,
+}
+
 RULE_CASES = {
     F.batch_norm: {
         "train": ((normal(6, 3, 4),), {**statistics(3), "training": True}),
@@ -374,6 +390,13 @@ RULE_CASES = {
         "last": ((normal(5, 6),), {}),
         "channels": ((normal(5, 6, 3),), {"dim": 1}),
     },
+    F.multi_head_attention_forward: {
+        "self": ((HIDDEN, HIDDEN, HIDDEN), ATTENTION),
+        "masked, weights": (
+            (HIDDEN, HIDDEN, HIDDEN),
+            {**ATTENTION, "attn_mask": normal(5, 5), "need_weights": True},
+        ),
+    },
 }
 """For every rule the calls it is tried on: differentiated arguments, constant ones."""
 
@@ -395,7 +418,12 @@ def call(operator, inputs, arguments, dtype=torch.float64) -> Tensor:
         return tensor.clone() if tensor.dtype is torch.bool else tensor.to(dtype, copy=True)
 
     inputs, arguments = tree_map_only(Tensor, cast, (inputs, arguments))
-    return operator(*inputs, **arguments)
+    return first(operator(*inputs, **arguments))
+
+
+def first(outputs) -> Tensor:
+    """Return the prediction of operators that return more."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 TOLERANCES = {
@@ -425,7 +453,7 @@ def push_forward(operator, inputs, directions, arguments) -> Tensor:
     """Return the tangent of the output under the rules."""
     with ForwardModeRules(), forward_ad.dual_level():
         duals = tuple(map(forward_ad.make_dual, inputs, directions))
-        return forward_ad.unpack_dual(operator(*duals, **arguments)).tangent
+        return forward_ad.unpack_dual(first(operator(*duals, **arguments))).tangent
 
 
 @pytest.mark.parametrize(("operator", "inputs", "arguments"), CALLS)

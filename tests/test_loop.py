@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler
 
-from stnify import Dropout, Hyperparameter, WeightDecay
+from stnify import Dropout, Hyperparameter, ShapeError, UsageError, WeightDecay
 from stnify.step import Objective, response_step
 
 STEPS = 20
@@ -613,7 +613,7 @@ def test_a_hypergradient_that_is_not_finite_is_skipped():
         for parameter in stn.model.response_parameters().values():
             parameter.fill_(0.1)
     before = parts(stn)
-    with pytest.warns(UserWarning, match="hypergradient is not finite"):
+    with pytest.warns(UserWarning, match="or gradient is not finite"):
         result = stn.validation_step(first_batches(1)[0])
     assert torch.isfinite(result.loss)
     assert moved(before, parts(stn)) == set()
@@ -1031,12 +1031,13 @@ def test_forward_loss_reads_the_value_of_the_pass_that_runs():
     box = {}
 
     def forward_loss(model, batch):
-        value = box["stn"].hyperparameters["smoothing"]
-        seen.append(tuple(value.shape))
         log_probabilities = model(batch[0]).log_softmax(-1)
         hard = F.nll_loss(log_probabilities, batch[1], reduction="none")
         if not model.training:
+            seen.append("validation")
             return hard.mean()
+        value = box["stn"].hyperparameters["smoothing"]
+        seen.append(tuple(value.shape))
         return ((1 - value) * hard - value * log_probabilities.mean(-1)).mean()
 
     box["stn"] = stn = convert(
@@ -1049,9 +1050,105 @@ def test_forward_loss_reads_the_value_of_the_pass_that_runs():
     for batch in first_batches(3):
         seen.clear()
         assert stn.step(batch) > 0
-    assert seen == [(), (8,), ()]  # general, response, validation
+    assert seen == [(), (8,), "validation"]  # general, response, validation
     assert stn.values() != values
     assert stn.values()["smoothing"] == pytest.approx(float(stn.hyperparameters["smoothing"]))
+
+
+def test_a_validation_loss_that_reads_a_hyperparameter_is_warned_of_once():
+    box = {}
+
+    def criterion(prediction, target):
+        return F.cross_entropy(prediction, target, label_smoothing=0.0) + 0.0 * (
+            box["stn"].hyperparameters["smoothing"].mean()
+        )
+
+    hparams = [Hyperparameter("smoothing", 0.1, (0.0, 1.0))]
+    box["stn"] = stn = convert(perceptron(), hparams, criterion=criterion)
+    with pytest.warns(UserWarning, match=r"validation loss reads \['smoothing'\]"):
+        stn.step(first_batches(1)[0])
+    stn.step(first_batches(1)[0])  # a second warning would be an error
+
+
+def test_a_batch_that_is_not_finite_spares_the_response_parameters():
+    stn = convert(perceptron(), [WeightDecay()], warmup_steps=100)
+    inputs, target = first_batches(1)[0]
+    stn.step((inputs, target))
+    before = {n: p.detach().clone() for n, p in stn.model.response_parameters().items()}
+    stn.observe((torch.full_like(inputs, float("nan")), target))
+    stn.optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="response step 2 was skipped: its loss"):
+        stn.optimizer.step()
+    after = stn.model.response_parameters()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert stn.counters.skipped_responses == 1
+    stn.step((inputs, target))
+    assert not all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_what_the_model_saw_must_be_what_was_observed():
+    stn = convert(perceptron(), [WeightDecay()])
+    inputs, target = first_batches(1)[0]
+    stn.observe((inputs, target))
+    F.cross_entropy(stn.model(inputs * 1000), target).backward()
+    with pytest.raises(UsageError, match=r"inputs differ from the batch's.*stn\.observe"):
+        stn.optimizer.step()
+
+
+def test_every_call_of_the_model_needs_the_batch_it_is_perturbed_for():
+    def two_views(model, batch):
+        inputs, target = batch
+        return F.cross_entropy(model(torch.cat([inputs, inputs])), target.repeat(2))
+
+    stn = convert(perceptron(), [WeightDecay()], criterion=None, forward_loss=two_views)
+    with pytest.raises(ShapeError, match=r"with the 8 examples of the batch.*called with 16"):
+        stn.step(first_batches(1)[0])
+
+
+def test_the_users_own_train_method_decides_about_modes():
+    class HalfFrozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    layers = nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+    stn = convert(HalfFrozen(*layers), [WeightDecay()])
+    stn.model.eval()
+    stn.model.train()
+    assert [module.training for module in layers] == [True, False, True]
+    stn.step(first_batches(1)[0])
+    assert layers[1].num_batches_tracked == 0
+
+
+def test_the_optimizer_steps_under_no_grad():
+    stn = convert(perceptron(0.2), [Dropout(), WeightDecay()])
+    inputs, target = first_batches(1)[0]
+    stn.observe((inputs, target))
+    F.cross_entropy(stn.model(inputs), target).backward()
+    with torch.no_grad():
+        stn.optimizer.step()
+    assert stn.counters.validation_steps == 1
+
+
+def test_a_loader_without_a_length_is_a_loader():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(examples(24))
+
+    loader = DataLoader(Stream(), batch_size=8)
+    stn = convert(perceptron(), [WeightDecay()], train_loader=loader, valid_loader=loader)
+    train(*stn, 6)
+    assert stn.counters.validation_steps == 6
+
+
+def test_a_weight_decay_starts_at_the_optimizers_own():
+    model = perceptron()
+    stn = convert(model, [WeightDecay()], sgd(model, weight_decay=0.03))
+    assert stn.values() == pytest.approx({"weight_decay": 0.03})
+    model = perceptron()
+    stn = convert(model, [WeightDecay(init=0.2)], sgd(model, weight_decay=0.03))
+    assert stn.values() == pytest.approx({"weight_decay": 0.2})
 
 
 def test_dictionary_batches_go_through_forward_loss():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import ZOO, images
 
-from stnify import DeclarationError, Dropout, TraceError, UsageError, WeightDecay, stnify
+from stnify import DeclarationError, Dropout, UsageError, WeightDecay, stnify
 from stnify.patterns import matches
 from stnify.planning import make_plan
 from stnify.planning.weights import WEIGHT_FUNCTIONS, WEIGHT_MODULES
@@ -628,19 +628,103 @@ def test_swin_windows_are_batch_major():
     assert found["head.fc"] == "batch"
 
 
-class Fickle(nn.Module):
-    """Computes something else each time it is traced or called with another size."""
+class Moody(nn.Module):
+    """Computes something else in eval mode, as models with auxiliary heads do."""
 
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(4, 4)
-        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, inputs):
-        factor = 1.0 if self.training else 2.0
-        return factor * self.linear(inputs)
+        outputs = self.linear(inputs)
+        return (outputs, 2 * outputs) if self.training else outputs
 
 
-def test_an_unfaithful_graph_is_refused():
-    with pytest.raises(TraceError, match="exactly what Fickle computes in eval mode"):
-        stnify(Fickle(), [DECAY], example_inputs=torch.randn(2, 4))
+class Skipping(nn.Module):
+    """Draws, in its own code, whether to skip a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        skip = self.training and torch.rand(()).item() < 0.5
+        return inputs if skip else self.linear(inputs)
+
+
+@pytest.mark.parametrize("leaf", [Moody, Skipping])
+def test_what_a_trace_would_fix_for_ever_is_rewritten_from_the_inside(leaf):
+    before = torch.get_rng_state()
+    model = leaf()
+    torch.set_rng_state(before)
+    stn = stnify(model, [DECAY], example_inputs=torch.randn(3, 4))
+    (site,) = stn.plan.weights
+    assert site.way == "swap"
+    batch = torch.randn(3, 4)
+    assert torch.equal(stn.model.eval()(batch), model.eval()(batch))
+    stn.model.train()
+    found = [stn.model(batch) for _ in range(30)]
+    if leaf is Moody:
+        assert torch.equal(found[0][1], 2 * found[0][0])
+    else:
+        skipped = sum(torch.equal(outputs, batch) for outputs in found)
+        assert 0 < skipped < 30  # one of the two has a probability of 2e-9
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, 0.1)),
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, 0.0)),
+    ],
+)
+def test_attention_of_pytorch_passes_through_the_response_step(build):
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    stn = stnify(
+        model,
+        [DECAY],
+        optimizer=optimizer,
+        criterion=F.mse_loss,
+        verify=False,
+        train_steps=1,
+        warmup_steps=0,
+        valid_loader=[(torch.randn(3, 5, 4), torch.randn(3, 5, 4))],
+    )
+    before = stn.values()
+    for _ in range(2):
+        stn.step((torch.randn(3, 5, 4), torch.randn(3, 5, 4)))
+    assert stn.values() != before
+    assert stn.counters.skipped == stn.counters.skipped_responses == 0
+
+
+def test_transposed_kernels_take_a_size_also_when_swapped():
+    class Upsampling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(3, 2, 3, stride=2)
+
+        def forward(self, inputs):
+            size = [2 * int(n) + 2 for n in inputs.shape[-2:]]
+            return self.up(inputs, output_size=size)
+
+    model = Upsampling().eval()
+    stn = stnify(model, [DECAY], example_inputs=images(2, 9))
+    assert stn.plan.weights[0].way == "swap"
+    for size in (8, 9):
+        assert torch.equal(stn.model._graph(images(2, size)), model(images(2, size)))
+
+
+@pytest.mark.parametrize("option", [{"exclude": ["0", "nothing.**"]}, {"leaves": ["nothing"]}])
+def test_every_pattern_must_match(option):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(DeclarationError, match="must match at least one module, but 'nothing"):
+        stnify(model, [DECAY], **option)
+
+
+def test_a_converted_model_keeps_its_modules():
+    shell = stnify(nn.Sequential(nn.Linear(4, 4)), [DECAY]).model
+    with pytest.raises(UsageError, match=r"'head' would be set. Change the model before"):
+        shell.head = nn.Linear(4, 2)
+    shell.note = "free"
+    assert shell.note == "free"

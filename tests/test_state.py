@@ -288,7 +288,10 @@ def test_a_state_of_other_hyperparameters_is_refused_and_nothing_is_loaded():
     state = converted("left").state_dict()
     stn = converted("right")
     before = stored(stn.state_dict())
-    with pytest.raises(UsageError, match=r"hyperparameters \['left'\] and this one \['right'\]"):
+    with pytest.raises(
+        UsageError,
+        match=r"hyperparameters .*\('left', 0.0, 1.0\).*this one .*\('right', 0.0, 1.0\)",
+    ):
         stn.load_state_dict(state)
     assert same(stn.state_dict(), before)
     converted("left").load_state_dict(state)
@@ -301,3 +304,20 @@ def test_inputs_are_not_kept_once_the_conversion_is_verified():
     example_inputs = next(itertools.chain(training_batches()))[0]
     verified = Run("delta", "sgd", False, seed=7, example_inputs=example_inputs)
     assert verified.train(training_batches()[:1]).stn.model._inputs is None
+
+
+def test_a_state_of_another_model_or_range_is_refused_and_nothing_is_loaded():
+    state = stored(convert(perceptron(), [WeightDecay()]).state_dict())
+    others = {
+        r"differ, first '_stnify.*Convert as": convert(
+            perceptron(), [WeightDecay()], response="gate"
+        ),
+        r"\(name, low, high\)": convert(perceptron(), [WeightDecay(range=(0.0, 1.0))]),
+    }
+    for message, other in others.items():
+        before = stored(other.state_dict())
+        with pytest.raises(UsageError, match=message):
+            other.load_state_dict(state)
+        assert same(other.state_dict(), before)
+    with pytest.raises(UsageError, match=r"must come from `stn\.state_dict\(\)`, but lacks"):
+        convert(perceptron(), [WeightDecay()]).load_state_dict({"model": {}})

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from stnify.declare import Column, Dropout, Pattern, Site
 from stnify.errors import DeclarationError
-from stnify.patterns import choose, require
+from stnify.patterns import require, require_each
 from stnify.plan import Granularity, NoiseSite
 from stnify.trace import Traced, caller, swappable
 
@@ -162,7 +162,7 @@ def _chosen(
     purpose: str,
 ) -> list[str]:
     """Return the candidates that ``patterns`` matches, less those excluded; at least one."""
-    found = require(choose(patterns, candidates), patterns, candidates, purpose)
-    excluded = set(choose(declaration.exclude, candidates))
+    found = require_each(patterns, candidates, purpose)
+    excluded = set(require_each(declaration.exclude, candidates, f"`exclude` of {purpose}"))
     kept = [name for name in found if name not in excluded]
     return require(kept, declaration.exclude, found, f"{purpose} less `exclude`")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from stnify.declare import Pattern
-from stnify.patterns import choose
+from stnify.patterns import require_each
 from stnify.plan import Refusal, ResponseKind, WeightSite
 from stnify.planning.computed import evaluate, parameters_behind
 from stnify.trace import Traced, caller, swappable
@@ -49,7 +49,8 @@ def weight_sites(
 ) -> tuple[list[WeightSite], list[Refusal]]:
     """Return every site whose weight can respond, and a refusal for every other weight."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    excluded = choose(exclude, dict(model.named_modules(remove_duplicate=False)))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    excluded = require_each(exclude, modules, "`exclude`")
     sites: list[WeightSite] = []
     refusals: dict[str, Refusal] = {}
     candidates = (c for node in traced.graph.nodes for c in _candidates(model, traced, node, names))

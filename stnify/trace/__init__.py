@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from stnify.patterns import choose
+from stnify.patterns import require_each
 from stnify.trace.functions import TracedFunctions
 from stnify.trace.tracer import (
     ModuleOutput,
@@ -37,7 +37,7 @@ def trace(model: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> Tra
     Returns:
         The graph; if ``model.forward`` itself cannot be traced, it is one call of the whole model.
     """
-    names = choose(leaves, dict(model.named_modules()))
+    names = require_each(leaves, dict(model.named_modules()), "`leaves`")
     tracer, graph, constants, whole = _trace_in_mode(model, names, training=True)
     _, other, _, _ = _trace_in_mode(model, [*names, *tracer.opaque], training=False)
     if _structure(graph) != _structure(other):
@@ -68,11 +68,7 @@ def _trace_in_mode(
 
 def _structure(graph: fx.Graph) -> list[tuple[str, str]]:
     """Return what a graph calls, in order, without the constants it was traced with."""
-    return [
-        (node.op, "" if node.op == "get_attr" else str(node.target))
-        for node in graph.nodes
-        if "_tensor_constant" not in str(node.target)
-    ]
+    return [(node.op, str(node.target)) for node in graph.nodes if node.op != "get_attr"]
 
 
 def _one_leaf(tracer: SiteTracer, reason: str) -> fx.Graph:
