@@ -5,7 +5,6 @@ from stnify.convert import stnify as stnify
 from stnify.declare import Declaration as Declaration
 from stnify.declare import Dropout as Dropout
 from stnify.declare import Hyperparameter as Hyperparameter
-from stnify.declare import HyperparameterSpace as HyperparameterSpace
 from stnify.declare import WeightDecay as WeightDecay
 from stnify.errors import DeclarationError as DeclarationError
 from stnify.errors import ShapeError as ShapeError
@@ -15,6 +14,7 @@ from stnify.errors import UnsupportedModuleError as UnsupportedModuleError
 from stnify.errors import UsageError as UsageError
 from stnify.plan import Plan as Plan
 from stnify.schedule import History as History
+from stnify.space import HyperparameterSpace as HyperparameterSpace
 from stnify.tunable import TunableModule as TunableModule
 
 __version__ = "0.1.0"

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stnify.declare import HyperparameterSpace
 from stnify.errors import UsageError
 from stnify.export import export, export_folded
 from stnify.loaders import ObservedLoader
+from stnify.methods import Counters
 from stnify.optimizer import STNOptimizer
 from stnify.plan import Plan
 from stnify.schedule import History
+from stnify.space import HyperparameterSpace
 from stnify.step import StepResult, to_device
 from stnify.tunable import TunableModule
-from stnify.tuner import Counters, Tuner
+from stnify.tuner import Tuner
 
 
 class STN:

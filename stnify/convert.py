@@ -11,20 +11,22 @@ from torch.optim import Optimizer, RMSprop
 
 from stnify.bundle import STN
 from stnify.checks import refuse_arguments, refuse_distributed, refuse_empty, refuse_model
-from stnify.declare import Decay, Declaration, HyperparameterSpace, Pattern, declarations
+from stnify.declare import Decay, Declaration, Pattern, declarations
 from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, nearest
 from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
+from stnify.methods import METHODS, Cadence, Method
 from stnify.optimizer import STNOptimizer
 from stnify.plan import Plan, ResponseKind
 from stnify.planning import make_plan
 from stnify.rewrite import rewrite
 from stnify.schedule import History
+from stnify.space import HyperparameterSpace
 from stnify.step import Forward, Objective
 from stnify.streams import RandomStream
 from stnify.trace import trace
 from stnify.tunable import TunableModule
-from stnify.tuner import METHODS, Cadence, Method, Tuner
+from stnify.tuner import Tuner
 
 HyperOptimizer = Callable[[list[Tensor]], Optimizer]
 Jitter = Literal["gaussian", "sinusoid"]

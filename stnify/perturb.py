@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stnify.declare import HyperparameterSpace
+from stnify.space import HyperparameterSpace
 
 
 class Perturbation(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from stnify.declare import Column
+from stnify.space import Column
 from stnify.trace import Traced
 
 ResponseKind = Literal["full", "gate"]

@@ -11,7 +11,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from stnify.declare import HyperparameterSpace
 from stnify.layers import (
     HYPER_FUNCTIONS,
     HYPER_MODULES,
@@ -23,6 +22,7 @@ from stnify.layers import (
 )
 from stnify.plan import NoiseSite, Plan, WeightSite
 from stnify.regularizers import FixedDropout, FixedScaledDotProductAttention, TunedDropout
+from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
 from stnify.swap import SwappedModule
 from stnify.tunable import PREFIX, TunableModule, Tunables, Use, WholeFunction, insert

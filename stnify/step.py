@@ -110,7 +110,8 @@ class StepResult:
     def is_finite(self) -> bool:
         """Whether loss and gradients are all finite numbers."""
         values = [self.loss, *self.gradients.values()]
-        return bool(torch.stack([torch.isfinite(value).all() for value in values]).all())
+        largest = [torch.linalg.vector_norm(value, torch.inf).float() for value in values]
+        return bool(torch.stack(largest).isfinite().all())
 
 
 def response_step(

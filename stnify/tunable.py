@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from stnify.declare import HyperparameterSpace
 from stnify.errors import ShapeError, UsageError
 from stnify.layers import BiasResponse, HyperLayer, WeightResponse
+from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
 
 PREFIX = "_stnify"

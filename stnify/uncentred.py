@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stnify.declare import HyperparameterSpace
 from stnify.penalties import weight_decay
 from stnify.perturb import Perturbation, training_perturbation
 from stnify.plan import DecaySite
 from stnify.rows import batch_size
+from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
 from stnify.tunable import PREFIX, TunableModule
 

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import stnify
 from stnify import Hyperparameter, WeightDecay
-from stnify.declare import Column, HyperparameterSpace
+from stnify.space import Column, HyperparameterSpace
 
 LINEAR = (-math.inf, math.inf)
 """Range in which constrained and unconstrained hyperparameters are the same number."""

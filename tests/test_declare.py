@@ -20,8 +20,9 @@ from stnify import (
     WeightDecay,
     stnify,
 )
-from stnify.declare import KINDS, Column, declarations
+from stnify.declare import KINDS, declarations
 from stnify.perturb import standard_normal, training_perturbation, validation_perturbation
+from stnify.space import Column
 
 CPU = torch.device("cpu")
 RANGES = [

@@ -14,12 +14,8 @@ from zoo import images, shake
 
 import stnify
 from stnify import Dropout, Hyperparameter, WeightDecay
-from stnify.linearize import (
-    FORWARD_MODE_RULES,
-    ForwardModeRules,
-    linearized_forward,
-    perturbed_forward,
-)
+from stnify.forward_mode import FORWARD_MODE_RULES, ForwardModeRules
+from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.perturb import Perturbation
 
 BATCH = 4

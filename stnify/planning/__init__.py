@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from stnify.declare import Column, Decay, Declaration, LossTerm, Pattern, Site, refuse_duplicates
+from stnify.declare import Decay, Declaration, LossTerm, Pattern, Site, refuse_duplicates
 from stnify.errors import DeclarationError, UnsupportedModuleError
 from stnify.plan import DecaySite, LossSite, NoiseSite, Plan, ResponseKind
 from stnify.planning.decay import decay_sites
 from stnify.planning.noise import noise_sites
 from stnify.planning.weights import WEIGHT_MODULES, count_responses, weight_sites
+from stnify.space import Column
 from stnify.trace import Traced
 
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from stnify.declare import Column, Decay, Pattern, WeightDecay
+from stnify.declare import Decay, Pattern, WeightDecay
 from stnify.errors import DeclarationError
 from stnify.patterns import choose, matches, require
 from stnify.plan import DecaySite
+from stnify.space import Column
 
 
 def decay_sites(

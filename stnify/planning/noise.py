@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import fx, nn
 
-from stnify.declare import Column, Dropout, Pattern, Site
+from stnify.declare import Dropout, Pattern, Site
 from stnify.errors import DeclarationError
 from stnify.patterns import require, require_each
 from stnify.plan import Granularity, NoiseSite
+from stnify.space import Column
 from stnify.trace import Traced, caller, swappable
 
 ELEMENTS: Granularity = ("element", 0)

@@ -1,0 +1,256 @@
+"""5a. Operators that forward mode cannot take as they are, and what is done in their place.
+
+Add a rule: one row in ``FORWARD_MODE_RULES``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    values = input.to(_accumulation_dtype(input))
+    if training or running_mean is None or running_var is None:
+        _refuse_single_value(input)
+        return _batch_standardise(values, weight, bias, eps).to(input.dtype)
+    per_channel = (1, -1, *([1] * (input.ndim - 2)))
+    scale = torch.rsqrt(running_var + eps)
+    shift = -running_mean * scale
+    normal = _affine(values, scale.view(per_channel), shift.view(per_channel))
+    return _affine(normal, _shaped(weight, per_channel), _shaped(bias, per_channel)).to(input.dtype)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    normal = _standardise(input.to(_accumulation_dtype(input)), dims, eps)
+    return _affine(normal, weight, bias).to(input.dtype)
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    grouped = input.reshape(input.shape[0], num_groups, -1).to(_accumulation_dtype(input))
+    normal = _standardise(grouped, (2,), eps).reshape(input.shape)
+    per_channel = (1, -1, *([1] * (input.ndim - 2)))
+    return _affine(normal, _shaped(weight, per_channel), _shaped(bias, per_channel)).to(input.dtype)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    normal = _standardise(input.to(_accumulation_dtype(input)), tuple(range(2, input.ndim)), eps)
+    per_channel = (1, -1, *([1] * (input.ndim - 2)))
+    return _affine(normal, _shaped(weight, per_channel), _shaped(bias, per_channel)).to(input.dtype)
+
+
+# The functions below write primal and tangent apart: for a dual tensor times a constant PyTorch
+# builds a zero tangent of the constant, which costs more than the product itself.
+
+
+def _batch_standardise(
+    values: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    primal, tangent = forward_ad.unpack_dual(values)
+    scale, shift = (None if p is None else p.to(primal.dtype) for p in (weight, bias))
+    outputs, mean, deviation = torch.native_batch_norm(
+        primal, scale, shift, None, None, True, 0.0, eps
+    )
+    if tangent is None:
+        return outputs
+    change = _BatchNormTangent.apply(tangent, primal, scale, mean, deviation, eps)
+    return forward_ad.make_dual(outputs, change)
+
+
+class _BatchNormTangent(torch.autograd.Function):
+    """Maps a tangent through batch normalisation, by the fused kernel of its backward pass.
+
+    Within a channel the Jacobian is ``weight r (I - 1/N - n n^T / N)``, a symmetric matrix, so
+    forward mode, reverse mode, and the reverse mode of either are one and the same product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tangent: Tensor,
+        primal: Tensor,
+        scale: Tensor | None,
+        mean: Tensor,
+        deviation: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(primal, scale, mean, deviation)
+        ctx.eps = eps
+        return _batch_norm_product(tangent, primal, scale, mean, deviation, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        primal, scale, mean, deviation = ctx.saved_tensors
+        product = _batch_norm_product(gradient, primal, scale, mean, deviation, ctx.eps)
+        return product, None, None, None, None, None
+
+
+def _batch_norm_product(
+    vector: Tensor,
+    primal: Tensor,
+    scale: Tensor | None,
+    mean: Tensor,
+    deviation: Tensor,
+    eps: float,
+) -> Tensor:
+    product, _, _ = torch.ops.aten.native_batch_norm_backward(
+        vector, primal, scale, None, None, mean, deviation, True, eps, [True, False, False]
+    )
+    return product
+
+
+def _standardise(values: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """Return ``n = (x - mean) r`` and its tangent ``r (x' - mean(x') - n mean(n x'))``."""
+    primal, tangent = forward_ad.unpack_dual(values)
+    variance, mean = torch.var_mean(primal, dims, correction=0, keepdim=True)
+    deviation = torch.rsqrt(variance + eps)
+    normal = (primal - mean) * deviation
+    if tangent is None:
+        return normal
+    along = (normal * tangent).mean(dims, keepdim=True)
+    change = tangent - tangent.mean(dims, keepdim=True) - normal * along
+    return forward_ad.make_dual(normal, change * deviation)
+
+
+def _affine(values: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Return ``values * scale + shift`` for constant scale and shift."""
+    primal, tangent = forward_ad.unpack_dual(values)
+    if scale is not None:
+        primal = primal * scale
+        tangent = None if tangent is None else tangent * scale
+    if shift is not None:
+        primal = primal + shift
+    return primal if tangent is None else forward_ad.make_dual(primal, tangent)
+
+
+def _shaped(parameter: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    return None if parameter is None else parameter.view(shape)
+
+
+def _accumulation_dtype(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.dtype in {torch.float16, torch.bfloat16} else values.dtype
+
+
+def _refuse_single_value(values: Tensor) -> None:
+    if values.numel() == values.shape[1]:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size "
+            f"{tuple(values.shape)}"
+        )
+
+
+def _scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (side.repeat_interleave(repeats, dim=-3) for side in (key, value))
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    weights = scores.softmax(-1) if attn_mask is None else _masked_softmax(scores, attn_mask)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
+    return weights @ value
+
+
+def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return attention weights, zero for a query that may look nowhere, as the fused kernels do."""
+    blocked = mask.logical_not() if mask.dtype is torch.bool else mask == float("-inf")
+    nowhere = blocked.all(-1, keepdim=True)
+    if mask.dtype is not torch.bool:
+        scores = scores + mask.masked_fill(blocked, 0.0)
+    scores = scores.masked_fill(blocked & ~nowhere, float("-inf"))
+    return scores.softmax(-1).masked_fill(nowhere, 0.0)
+
+
+def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    # The function is one operator here, so its own attention call needs its own remedy.
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.multi_head_attention_forward(*args, **kwargs)
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu6(input + 3) / 6
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    left, right = input.chunk(2, dim)
+    return left * right.sigmoid()
+
+
+FORWARD_MODE_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    # Forward mode compiles only when these are written out; and the response pass must not
+    # update running statistics.
+    F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
+    # No forward-mode derivative in PyTorch.
+    F.scaled_dot_product_attention: _scaled_dot_product_attention,
+    F.multi_head_attention_forward: _multi_head_attention,
+    F.hardsigmoid: _hardsigmoid,
+    F.glu: _glu,
+}
+"""Operator to the decomposition used in the linearised pass, and only there."""
+
+
+class ForwardModeRules(TorchFunctionMode):
+    """Replaces the operators in ``FORWARD_MODE_RULES`` while active, also inside leaf modules."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the decomposition of ``func`` if there is one."""
+        return FORWARD_MODE_RULES.get(func, func)(*args, **(kwargs or {}))
