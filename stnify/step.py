@@ -110,8 +110,9 @@ class StepResult:
     def is_finite(self) -> bool:
         """Whether loss and gradients are all finite numbers."""
         values = [self.loss, *self.gradients.values()]
-        largest = [torch.linalg.vector_norm(value, torch.inf).float() for value in values]
-        return bool(torch.stack(largest).isfinite().all())
+        # A norm is the fastest pass over a tensor; half precision would overflow in it.
+        norms = [torch.linalg.vector_norm(value, dtype=_wide(value)).double() for value in values]
+        return bool(torch.stack(norms).isfinite().all())
 
 
 def response_step(
@@ -255,6 +256,10 @@ def _examples(batch: Any) -> int:
 def _part(full: int, fraction: float) -> int:
     """Return the examples of a batch that are used: at least two, for BatchNorm, if there are."""
     return min(full, max(2, round(full * fraction)))
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)
 
 
 def _scalar(loss: Tensor, name: str) -> Tensor:
