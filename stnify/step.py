@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map_only
 
 from stnify.errors import ShapeError
 from stnify.linearize import linearized_forward, perturbed_forward
-from stnify.penalties import weight_decay
 from stnify.perturb import Perturbation, training_perturbation, validation_perturbation
 from stnify.plan import DecaySite, LossSite
 from stnify.rows import batch_size, first_dimensions
@@ -70,22 +69,23 @@ class Objective:
         ]
         return torch.stack(penalties).sum() if penalties else 0.0
 
-    def decay(self, model: TunableModule, perturbation: Perturbation) -> Tensor:
-        """Return the weight decays of a perturbed training pass, averaged over the batch.
+    def add_decay_gradients(
+        self, model: TunableModule, perturbation: Perturbation, share: float
+    ) -> None:
+        """Add ``share`` of the weight decays' gradient to that of the response parameters.
 
-        General weights are constants here, and their own norms are left out.
+        The penalty is the batch mean of ``c_i / 2 ||w_0 + Theta epsilon_i||^2``, each example with
+        its own coefficient and weights; w_0 is a constant. Source: [DeltaSTN] G.2, H.1.
         """
         space, constrained = model.hyperparameters, perturbation.constrained
         assert constrained is not None
-        parameters = {n: p.detach() for n, p in model.general_parameters().items()}
-        responses = model.weight_responses()
-        total = constrained.new_zeros(())
+        parameters, responses = model.general_parameters(), model.weight_responses()
         for site in self.decays:
-            column = constrained[:, space.index(site.column)]
-            total = total + weight_decay(
-                column, site.parameters, parameters, responses, perturbation.response_input
-            )
-        return total
+            coefficient = constrained[:, space.index(site.column)] * (share / len(constrained))
+            for name in (name for name in site.parameters if name in responses):
+                responses[name].add_decay_gradient(
+                    parameters[name], perturbation.response_input, coefficient
+                )
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return a context in which operations run in ``amp_dtype``, if there is one."""
@@ -99,7 +99,7 @@ class StepResult:
     """What one step found.
 
     Attributes:
-        loss: Detached, ``()``.
+        loss: Detached, ``()``; weight decay is left out.
         gradients: By name, in the order of the parameters they belong to.
     """
 
@@ -151,10 +151,9 @@ def response_step(
         perturbation = training_perturbation(model.hyperparameters, size)
         with _running(model, forward, perturbation):
             loss = objective(model, batch) + objective.penalty(model, batch)
-        for part in (loss, objective.decay(model, perturbation)):
-            if part.requires_grad:  # apart, so that the second adds to the gradients in place
-                torch.autograd.backward(weight * part, inputs=list(parameters.values()))
-            losses.append(weight * part.detach())
+        torch.autograd.backward(weight * loss, inputs=list(parameters.values()))
+        objective.add_decay_gradients(model, perturbation, weight)
+        losses.append(weight * loss.detach())
     return StepResult(torch.stack(losses).sum(), _taken(parameters))
 
 

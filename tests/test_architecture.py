@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "perturb": {"space"},
     "linearize": {"forward_mode", "perturb", "tunable"},
     "uncentred": {"penalties", "perturb", "plan", "rows", "space", "streams", "tunable"},
-    "step": {"errors", "linearize", "penalties", "perturb", "plan", "rows", "tunable"},
+    "step": {"errors", "linearize", "perturb", "plan", "rows", "tunable"},
     "loaders": {"errors", "streams"},
     "schedule": {"errors"},
     "optimizer": {"errors", "tunable"},

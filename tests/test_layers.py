@@ -472,3 +472,26 @@ def test_tied_weights_are_perturbed_alike_wherever_they_are_used(late, response)
         alone = functional_call(model, changed, (words[i : i + 1],))[0]
         assert close(found[i], alone)
         assert not close(found[i], model(words[i : i + 1])[0])
+
+
+@pytest.mark.parametrize("kind", ["full", "gate"])
+@pytest.mark.parametrize(
+    ("shape", "axis", "units"),
+    [((4, 3), 0, 4), ((4, 3, 2, 2), 0, 4), ((7, 3), 1, 3), ((4, 3, 2), 1, 6)],  # the last: 2 groups
+)
+def test_the_gradient_of_the_decay_is_the_one_autograd_finds(kind, shape, axis, units):
+    torch.manual_seed(0)
+    general = torch.randn(shape, dtype=torch.float64)
+    response = WeightResponse(general, 2, axis, kind, units).double()
+    parameters = list(response.parameters())
+    for parameter in parameters:
+        parameter.data.normal_()
+        parameter.grad = torch.ones_like(parameter)  # it is added to what is there
+    response_input = torch.randn(5, 2, dtype=torch.float64)
+    coefficient = torch.rand(5, dtype=torch.float64)
+    penalty = 0.5 * coefficient @ response.squared_norm_change(general, response_input)
+    expected = torch.autograd.grad(penalty, parameters)
+    response.add_decay_gradient(general, response_input, coefficient)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert torch.allclose(parameter.grad, 1 + gradient)  # float64, default tolerance
+        assert gradient.any()

@@ -3,11 +3,10 @@
 Sizes below: ``h`` hyperparameters, ``n`` gated units (output units or channels; embedding width).
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 ResponseKind = Literal["full", "gate"]
 
@@ -63,44 +62,51 @@ class WeightResponse(nn.Module):
         units = gates.shape[-1]
         general = _by_unit(general, self.axis, units)
         response = general if self.response is None else _by_unit(self.response, self.axis, units)
-        products, squares = _InnerProducts.apply(general, response)
+        products, squares = (general * response).sum(1), response.square().sum(1)
         return gates @ (2 * products) + gates.square() @ squares
+
+    @torch.no_grad()
+    def add_decay_gradient(
+        self, general: Tensor, response_input: Tensor, coefficient: Tensor
+    ) -> None:
+        """Add the gradient of ``sum_i c_i / 2 ||W + gate_i * W_response||^2`` to ``.grad``.
+
+        It is what autograd would find, in a third of the passes and without fresh memory.
+
+        Args:
+            general: W, a constant.
+            response_input: ``(batch, h)``.
+            coefficient: c, ``(batch,)``.
+        """
+        gates = self.gates(response_input)
+        weighted = coefficient.to(gates.dtype)[:, None] * gates
+        response = self.weight(general)
+        products, squares = _inner_products(
+            _by_unit(general, self.axis, gates.shape[1]),
+            _by_unit(response, self.axis, gates.shape[1]),
+        )
+        slopes = coefficient.to(gates.dtype)[:, None] * products + weighted * squares
+        assert self.gate.grad is not None
+        self.gate.grad.addmm_(slopes.t(), response_input.to(gates.dtype))
+        if self.response is not None:
+            assert self.response.grad is not None
+            first, second = weighted.sum(0), (weighted * gates).sum(0)
+            self.response.grad.addcmul_(general, _along(first, general, self.axis))
+            self.response.grad.addcmul_(response, _along(second, general, self.axis))
 
 
 _CACHED = 2**17
 """Numbers whose product stays in the cache: fresh memory costs more than the arithmetic."""
 
 
-class _InnerProducts(torch.autograd.Function):
-    """Returns ``<W, R>`` and ``<R, R>`` of each unit, ``(units,)`` both, for two ``(units, ...)``.
-
-    Weights are large and the arithmetic is little, so time goes into passes over them. Autograd
-    would take about twice as many: one gradient for each product, and their sum.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, general: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(general, response)
-        rows = general.shape[0]
-        if general.device.type == "cpu":
-            rows = max(1, _CACHED // max(1, general.shape[1]))
-        pairs = zip(general.split(rows), response.split(rows), strict=True)
-        products = torch.cat([(one * other).sum(1) for one, other in pairs])
-        return products, torch.linalg.vector_norm(response, dim=1).square()
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, products: Tensor, squares: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        general, response = ctx.saved_tensors
-        general_gradient = response_gradient = None
-        if ctx.needs_input_grad[0]:
-            general_gradient = response * products[:, None]
-        if ctx.needs_input_grad[1]:
-            response_gradient = general * products[:, None]
-            response_gradient.addcmul_(response, 2 * squares[:, None])
-        return general_gradient, response_gradient
+def _inner_products(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``<one, other>`` and ``<other, other>`` of each row, ``(units,)`` both."""
+    rows = one.shape[0]
+    if one.device.type == "cpu":
+        rows = max(1, _CACHED // max(1, one.shape[1]))
+    pairs = zip(one.split(rows), other.split(rows), strict=True)
+    products = torch.cat([(left * right).sum(1) for left, right in pairs])
+    return products, torch.linalg.vector_norm(other, dim=1).square()
 
 
 class BiasResponse(nn.Module):
