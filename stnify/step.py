@@ -3,8 +3,8 @@
 The general step is the user's own ``loss.backward()`` and ``optimizer.step()``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,18 +143,17 @@ def response_step(
     parameters = model.response_parameters()
     sizes = [_part(_examples(batch), fraction) for batch in batches]
     losses: list[Tensor] = []
-    for name, parameter in parameters.items():
-        parameter.grad = torch.zeros_like(parameter) if buffers is None else buffers[name].zero_()
-    for batch, size in zip(batches, sizes, strict=True):
-        weight = size / max(sum(sizes), 1)
-        batch = first_rows(to_device(batch, model), size)
-        perturbation = training_perturbation(model.hyperparameters, size)
-        with _running(model, forward, perturbation):
-            loss = objective(model, batch) + objective.penalty(model, batch)
-        torch.autograd.backward(weight * loss, inputs=list(parameters.values()))
-        objective.add_decay_gradients(model, perturbation, weight)
-        losses.append(weight * loss.detach())
-    return StepResult(torch.stack(losses).sum(), _taken(parameters))
+    with _gradients_taken(parameters, buffers) as gradients:
+        for batch, size in zip(batches, sizes, strict=True):
+            share = size / max(sum(sizes), 1)
+            batch = first_rows(to_device(batch, model), size)
+            perturbation = training_perturbation(model.hyperparameters, size)
+            with _running(model, forward, perturbation):
+                loss = objective(model, batch) + objective.penalty(model, batch)
+            torch.autograd.backward(share * loss, inputs=list(parameters.values()))
+            objective.add_decay_gradients(model, perturbation, share)
+            losses.append(share * loss.detach())
+    return StepResult(torch.stack(losses).sum(), gradients)
 
 
 def validation_step(
@@ -195,13 +194,22 @@ def validation_step(
     return StepResult(loss.detach(), dict(zip(parameters, found, strict=True)))
 
 
-def _taken(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the gradients and leave the parameters without."""
-    gradients = {}
+@contextmanager
+def _gradients_taken(
+    parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor] | None
+) -> Iterator[dict[str, Tensor]]:
+    """Gather gradients of the body, from zero, and leave the parameters without, also on errors."""
+    gradients = {
+        name: torch.zeros_like(parameter) if buffers is None else buffers[name].zero_()
+        for name, parameter in parameters.items()
+    }
     for name, parameter in parameters.items():
-        assert parameter.grad is not None
-        gradients[name], parameter.grad = parameter.grad, None
-    return gradients
+        parameter.grad = gradients[name]
+    try:
+        yield gradients
+    finally:
+        for parameter in parameters.values():
+            parameter.grad = None
 
 
 def _running(

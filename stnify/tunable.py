@@ -212,9 +212,9 @@ class TunableModule(nn.Module):
 
     def weight_responses(self) -> dict[str, WeightResponse]:
         """Return the response of each parameter that has one as it is, by its name."""
-        found = {}
+        found, hyper_layers = {}, self.hyper_layers
         for weight, uses in self._uses.items():
-            layers = [self.hyper_layers[use.layer] for use in uses if not use.computed]
+            layers = [hyper_layers[use.layer] for use in uses if not use.computed]
             if layers and layers[0].weight_response is not None:
                 found[weight] = layers[0].weight_response
         return found
@@ -225,8 +225,8 @@ class TunableModule(nn.Module):
 
     def bias_responses(self) -> dict[str, BiasResponse]:
         """Return the response of each bias that has one, by the bias's name."""
-        uses = [use for uses in self._uses.values() for use in uses]
-        found = {use.bias: self.hyper_layers[use.layer].bias_response for use in uses if use.bias}
+        layers, uses = self.hyper_layers, [use for uses in self._uses.values() for use in uses]
+        found = {use.bias: layers[use.layer].bias_response for use in uses if use.bias}
         return {bias: response for bias, response in found.items() if response is not None}
 
     def train(self, mode: bool = True) -> "TunableModule":

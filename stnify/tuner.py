@@ -227,18 +227,20 @@ class Tuner:
         """
         space = self.model.hyperparameters
         known, space.read = space.read, set()
-        with self.stream.active(), torch.enable_grad():
-            result = validation_step(
-                self.model,
-                batch,
-                self.objective,
-                entropy_weight=self.cadence.entropy_weight,
-                centred=self.method.centred,
-                forward=self.forwards.get("validation"),
-            )
+        try:
+            with self.stream.active(), torch.enable_grad():
+                result = validation_step(
+                    self.model,
+                    batch,
+                    self.objective,
+                    entropy_weight=self.cadence.entropy_weight,
+                    centred=self.method.centred,
+                    forward=self.forwards.get("validation"),
+                )
+        finally:
+            read, space.read = space.read, space.read | known
         self.counters.validation_steps += 1
-        self._warn_of_reads(space.read)
-        space.read |= known
+        self._warn_of_reads(read)
         if result.is_finite:
             self._move(result)
         else:

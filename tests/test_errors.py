@@ -652,3 +652,23 @@ def test_other_errors_of_the_model_come_through_as_they_are():
         stn.model(torch.zeros(2, FEATURES + 1))
     with pytest.raises(ValueError, match="batch_size"):
         F.cross_entropy(stn.model(torch.zeros(2, FEATURES)), torch.zeros(3, dtype=torch.long))
+
+
+def test_a_response_step_that_fails_leaves_no_gradients_behind():
+    def two_of_them(model, batch):
+        return F.cross_entropy(model(batch[0].repeat(2, 1)), batch[1].repeat(2))
+
+    stn = convert(perceptron(), [WeightDecay()], criterion=None, forward_loss=two_of_them)
+    stn.observe(first_batch())
+    with pytest.raises(ShapeError, match="one perturbation each"):
+        stn.optimizer.step()
+    assert all(p.grad is None for p in stn.model.response_parameters().values())
+
+
+def test_a_validation_step_that_fails_forgets_nothing_of_what_the_loss_read():
+    hparams = [Hyperparameter("idle", 0.5, (0.0, 1.0), penalty=lambda model, batch, value: value)]
+    stn = convert(perceptron(), hparams)
+    stn.step(first_batch())
+    with pytest.raises(ShapeError, match=r"\(inputs, target\) pairs"):
+        stn.validation_step([first_batch()[0]])
+    assert stn.hyperparameters.read == {"idle"}
