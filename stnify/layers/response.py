@@ -95,7 +95,7 @@ class WeightResponse(nn.Module):
             self.response.grad.addcmul_(response, _along(second, general, self.axis))
 
 
-_CACHED = 2**17
+_CACHED = 2**19
 """Numbers whose product stays in the cache: fresh memory costs more than the arithmetic."""
 
 
