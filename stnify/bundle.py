@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from stnify.errors import UsageError
 from stnify.export import export, export_folded
+from stnify.flops import WHOLE
 from stnify.loaders import ObservedLoader
 from stnify.methods import Counters
 from stnify.optimizer import STNOptimizer
-from stnify.plan import Plan
+from stnify.plan import Flops, Plan
 from stnify.schedule import History
 from stnify.space import HyperparameterSpace
 from stnify.step import StepResult, to_device
@@ -62,11 +63,19 @@ class STN:
 
     @property
     def plan(self) -> Plan:
-        """What was changed and what was not, with row layouts as far as they were measured."""
+        """What was changed and what was not, with rows and costs as far as they were measured."""
         layer_of, words = self.model.layer_of(), self._tuner.layouts
-        return self._plan.with_layouts(
+        sizes = {n: p.numel() for n, p in self.model.named_parameters(remove_duplicate=False)}
+        plan = self._plan.with_sizes(sizes).with_layouts(
             {node: words.get(f"layers.{layer}", "") for node, layer in layer_of.items()}
         )
+        costs = {name: Flops(*pair) for name, pair in self._tuner.flops.items()}
+        if not costs:
+            return plan
+        calls: dict[str, Flops] = {}
+        for node, layer in layer_of.items():
+            calls[node] = costs.pop(layer, Flops(0, 0))
+        return plan.with_flops(costs[WHOLE], calls)
 
     @property
     def history(self) -> History:

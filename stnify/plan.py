@@ -1,11 +1,14 @@
 """2b. What a conversion will do: a ``Plan``, made before anything is changed.
 
-A plan lists every site that will change and every refusal with its reason; it can be printed.
+A plan lists every site that will change and every refusal with its reason; it can be printed, and
+written as JSON.
 """
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,6 +19,18 @@ ResponseKind = Literal["full", "gate"]
 
 Granularity = tuple[Literal["element", "channel"], int]
 """Whether noise is drawn for each element or channel, and how many dimensions a channel spans."""
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one example.
+
+    Attributes:
+        before: As the model was.
+        after: In the pass of the response step.
+    """
+
+    before: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class WeightSite:
         inside: For a swap, the module that could not be traced through.
         computed: Shape of the weight if the model computes it, as a standardised kernel; it is then
             the computed weight that responds.
+        parameters: General parameters of this site, once counted; a weight used twice counts once.
+        flops: What this site costs, once inputs have been seen; a layer called twice counts once.
     """
 
     name: str
@@ -53,6 +70,8 @@ class WeightSite:
     response_parameters: int = 0
     inside: str | None = None
     computed: tuple[int, ...] | None = None
+    parameters: int | None = None
+    flops: Flops | None = None
 
     @property
     def key(self) -> str:
@@ -120,6 +139,7 @@ class Plan:
         refusals: What does not, and why.
         response: Full response parameters, or gates of the general weights.
         parameters: Size of the model before.
+        flops: What the whole model costs, once inputs have been seen.
         traced: The graph the names of nodes refer to.
     """
 
@@ -132,6 +152,7 @@ class Plan:
     response: ResponseKind
     parameters: int
     traced: Traced = field(repr=False, compare=False)
+    flops: Flops | None = None
 
     @property
     def response_parameters(self) -> int:
@@ -143,13 +164,69 @@ class Plan:
         weights = [replace(s, layout=layouts.get(s.node) or s.layout) for s in self.weights]
         return replace(self, weights=tuple(weights))
 
+    def with_sizes(self, sizes: Mapping[str, int]) -> "Plan":
+        """Return this plan with the general parameters of each site, given sizes by name."""
+        weights, seen = [], set[str]()
+        for site in self.weights:
+            fresh = {name for name in (site.weight, site.bias) if name is not None} - seen
+            seen |= fresh
+            weights.append(replace(site, parameters=sum(sizes[name] for name in fresh)))
+        return replace(self, weights=tuple(weights))
+
+    def with_flops(self, whole: Flops, layers: Mapping[str, Flops]) -> "Plan":
+        """Return this plan with measured costs: of the model, and of each site by its node."""
+        weights = [replace(site, flops=layers.get(site.node)) for site in self.weights]
+        return replace(self, weights=tuple(weights), flops=whole)
+
+    def to_json(self) -> str:
+        """Write the whole plan as JSON.
+
+        The object has these entries; a number that is not known yet is ``null``.
+
+        - ``response``: ``"full"`` or ``"gate"``.
+        - ``counts``: ``sites``, ``parameters`` (general), ``response_parameters``, ``flops``.
+        - ``columns``: hyperparameters with ``name``, ``kind``, ``init``, ``range`` (``null`` is an
+          infinite end), ``scale`` and ``per_example``.
+        - ``weights``, ``noises``, ``decays``, ``refusals``: lists with the attributes of
+          ``WeightSite``, ``NoiseSite``, ``DecaySite`` and ``Refusal``; what is not JSON is text.
+        - ``losses``: ``column``, and ``penalty`` as the function's qualified name or ``null``.
+        - ``opaque``: modules that could not be traced through, with the reason.
+
+        ``flops`` is ``{"before": ..., "after": ...}`` for one example; see ``Flops``.
+        """
+        found = {
+            "response": self.response,
+            "counts": {
+                "sites": len(self.weights),
+                "parameters": self.parameters,
+                "response_parameters": self.response_parameters,
+                "flops": self.flops and self.flops._asdict(),
+            },
+            "columns": [
+                {**asdict(c), "range": [None if math.isinf(end) else end for end in c.range]}
+                for c in self.columns
+            ],
+            "weights": [
+                {**asdict(site), "flops": site.flops and site.flops._asdict()}
+                for site in self.weights
+            ],
+            "noises": [asdict(site) for site in self.noises],
+            "decays": [asdict(site) for site in self.decays],
+            "losses": [
+                {"column": site.column, "penalty": _function_name(site.penalty)}
+                for site in self.losses
+            ],
+            "refusals": [asdict(refusal) for refusal in self.refusals],
+            "opaque": dict(self.traced.opaque),
+        }
+        return json.dumps(found, indent=2, default=str, allow_nan=False)
+
     def __str__(self) -> str:
-        rows = [("layer", "kind", "way", "rows", "adds")]
-        rows += [
-            (s.name or "(root)", s.kind, s.way, s.layout, f"{s.response_parameters:,}")
-            for s in self.weights
+        rows: list[tuple[str, ...]] = [
+            ("layer", "kind", "way", "rows", "params", "after", "FLOPs", "after")
         ]
-        lines = [*_table(rows), ""]
+        rows += [_row(site) for site in self.weights]
+        lines = [*_table(rows, left=4), *_notes(self.weights), ""]
         for column in self.columns:
             where = [
                 f"{site.place} {site.name}" for site in self.noises if site.column == column.name
@@ -166,12 +243,61 @@ class Plan:
             f"{len(self.weights)} sites with a {self.response} response add "
             f"{self.response_parameters:,} parameters to {self.parameters:,}"
         )
+        if self.flops is not None:
+            lines.append(
+                f"one example costs {_compact(self.flops.before)} FLOPs in the model and "
+                f"{_compact(self.flops.after)} in the response pass"
+            )
         return "\n".join(lines)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def _row(site: WeightSite) -> tuple[str, ...]:
+    before, added = site.parameters, site.response_parameters
+    sizes = (before, None if before is None else before + added)
+    costs: tuple[int | None, ...] = site.flops or (None, None)
+    numbers = map(_compact, (*sizes, *costs))
+    return (site.name or "(root)", site.kind, site.way, _brief(site.layout), *numbers)
+
+
+def _brief(layout: str) -> str:
+    return layout.partition(" (")[0]
+
+
+def _notes(sites: Sequence[WeightSite]) -> list[str]:
+    """Say once, below the table, what stands in brackets in the layouts of several sites."""
+    by_layout: dict[str, list[str]] = {}
+    for site in sites:
+        if site.layout != _brief(site.layout):
+            by_layout.setdefault(site.layout, []).append(site.name or "(root)")
+    return [f"rows {layout}: {_some(names)}" for layout, names in by_layout.items()]
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _function_name(function: Callable[..., Any] | None) -> str | None:
+    return None if function is None else getattr(function, "__qualname__", repr(function))
+
+
+def _compact(count: int | None) -> str:
+    """Write a count with three digits and a unit, ``?`` if it is not known."""
+    if count is None:
+        return "?"
+    value, units = float(count), iter(("", "k", "M", "G", "T"))
+    unit = next(units)
+    while value >= 999.5:
+        value, unit = value / 1000, next(units, "P")
+    return f"{value:.3g}{unit}"
+
+
+def _table(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Align columns; the first ``left`` of them hold words, the others numbers."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stnify.errors import UsageError
+from stnify.flops import count_flops
 from stnify.loaders import EndlessLoader
 from stnify.methods import Cadence, Counters, Method
 from stnify.optimizer import Decays
@@ -42,6 +43,7 @@ class Tuner:
         frozen: Validation steps are off.
         observed: Training batches since the last step.
         layouts: Row layout in words by site, once it has been measured.
+        flops: Cost of an example before and after, by hyper layer, once it has been measured.
     """
 
     model: TunableModule
@@ -60,6 +62,7 @@ class Tuner:
     frozen: bool = False
     observed: list[Any] = field(default_factory=list)
     layouts: dict[str, str] = field(default_factory=dict)
+    flops: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._gradients: dict[str, Tensor] = {}
@@ -137,8 +140,10 @@ class Tuner:
             )
 
     def verify(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Prove the conversion on these inputs, once."""
+        """Prove the conversion on these inputs, once, and count what it costs."""
         self.layouts = verify(self.model, args, kwargs)
+        linearized = self.method.response == "linearized"
+        self.flops = count_flops(self.model, args, kwargs, linearized=linearized)
         self.verify_inputs = False
 
     # Stepping -------------------------------------------------------------------------------------
@@ -315,6 +320,7 @@ class Tuner:
             "centre": self._centre.clone(),
             "verify_inputs": self.verify_inputs,
             "layouts": dict(self.layouts),
+            "flops": dict(self.flops),
             "read": sorted(self.model.hyperparameters.read),
         }
 
@@ -333,5 +339,6 @@ class Tuner:
             self.model.remember_inputs()
         self.layouts = dict(state["layouts"])
         set_layouts(self.model, self.layouts)
+        self.flops = dict(state["flops"])
         self.model.hyperparameters.read.update(state["read"])
         self.observed = []

@@ -31,12 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "linearize": {"forward_mode", "perturb", "tunable"},
     "uncentred": {"penalties", "perturb", "plan", "rows", "space", "streams", "tunable"},
     "step": {"errors", "linearize", "perturb", "plan", "rows", "tunable"},
+    "flops": {"linearize", "perturb", "rows", "step", "streams", "tunable"},
     "loaders": {"errors", "streams"},
     "schedule": {"errors"},
     "optimizer": {"errors", "tunable"},
     "methods": {"errors"},
     "tuner": {
         "errors",
+        "flops",
         "loaders",
         "methods",
         "optimizer",
@@ -51,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bundle": {
         "errors",
         "export",
+        "flops",
         "loaders",
         "methods",
         "optimizer",

@@ -1,0 +1,68 @@
+"""6b. Count the floating-point operations of one example: before, and in the response pass.
+
+PyTorch counts them while the passes run; there is no formula of our own.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from stnify.linearize import linearized_forward, perturbed_forward
+from stnify.perturb import Perturbation
+from stnify.rows import batch_size
+from stnify.step import first_rows
+from stnify.streams import RandomStream
+from stnify.tunable import PREFIX, TunableModule
+
+WHOLE = ""
+"""Stands for the whole model among the names of hyper layers."""
+
+
+@torch.no_grad()
+def count_flops(
+    model: TunableModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    linearized: bool = True,
+) -> dict[str, tuple[int, int]]:
+    """Return what one example costs before and after, by hyper layer and, under ``""``, in all.
+
+    Before is every layer's plain operator, after the pass of the response step. A layer called
+    several times counts all its calls. Operators PyTorch has no formula for, which are those that
+    do little arithmetic, count nothing. Two examples are run, because some models fail on one, and
+    their cost is halved. Runs in eval mode; buffers and random state stay as they are.
+
+    Args:
+        model: Converted.
+        args: Positional inputs, as for the model.
+        kwargs: Keyword inputs.
+        linearized: Count a linearised pass, else one with perturbed weights.
+    """
+    inputs, named = first_rows((args, dict(kwargs)), 2)
+    space, graph = model.hyperparameters, model._graph
+    examples = max(1, batch_size((inputs, named)))
+    nowhere = space.unconstrained.new_zeros(examples, len(space.columns))
+    forward = linearized_forward if linearized else perturbed_forward
+    constants = {name: p.detach() for name, p in graph.named_parameters()}
+    private = RandomStream(0, space.unconstrained.device)
+    with model.evaluating(), model.buffers_restored(), private.active():
+        before = _counted(graph, lambda: functional_call(graph, constants, inputs, named))
+        after = _counted(graph, lambda: forward(graph, inputs, named, Perturbation(nowhere, None)))
+    layers = {f"{type(graph).__name__}.{PREFIX}.layers.{name}": name for name in model.hyper_layers}
+    layers["Global"] = WHOLE
+    return {
+        name: (before.get(key, 0) // examples, after.get(key, 0) // examples)
+        for key, name in layers.items()
+    }
+
+
+def _counted(graph: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
+    """Return the operations of ``run`` by module, as PyTorch names it."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return {name: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
