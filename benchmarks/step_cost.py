@@ -281,6 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    report: dict[str, Any] = {"compiled": options.compile, **circumstances(device)}
     results = []
     for name in options.models:
         for response in options.responses:
@@ -294,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
             plain = result["seconds"]["plain"]["median"]
             memory = f"memory {result['peak_ratio']:.2f}"
             print(f"{name:9} {response:5} plain {plain:.4f} s |", *ratios, memory, flush=True)
-    report = {"compiled": options.compile, **circumstances(device), "results": results}
+    report["results"] = results
     if device.type == "cpu" and not options.compile:
         report["bars"] = judge(results)
         for bar in report["bars"]:
