@@ -1,0 +1,285 @@
+"""Which models of timm and torchvision convert, how, and whether they stay exact.
+
+Models are grouped by structure; of each group the smallest member is built small, with real
+weights, and examined in a process of its own. Every row is written as soon as it is known, and a
+run skips the rows that are there already, so it can be stopped and started at will.
+
+    python -m benchmarks.coverage                          # everything: some hours on two cores
+    python -m benchmarks.coverage --names "vit_*" "swin*"
+    python -m benchmarks.coverage --sample 30
+    python -m benchmarks.coverage --retry                  # rows that are not fine, once more
+
+A row is *fine* if the conversion succeeded and the graph is the original, bit for bit, in eval
+mode and in train mode, rows are independent, and the response pass gives finite gradients.
+"""
+
+import argparse
+import csv
+import fnmatch
+import json
+import multiprocessing
+import os
+import random
+import resource
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.examine import Row, examine
+from benchmarks.step_cost import RESULTS, circumstances
+from benchmarks.structures import NotBuiltError, Structure, small, structures
+
+COLUMNS = (
+    *("library", "family", "kind", "name", "models", "family_parameters"),
+    *("status", "reason", "stage", "options", "size", "parameters", "response"),
+    *("way", "untraced", "sites", "swapped"),
+    *("weights", "weight_parameters", "covered_parameters", "share", "uncovered"),
+    *("exact", "exact_zero", "exact_train", "finite_outputs"),
+    *("rows", "shared_sites", "shared_because", "finite", "moved"),
+    *("convert_s", "verify_s", "seconds", "commit"),
+)
+GIBIBYTE = 2**30
+BUILD = "build"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Examine what is asked for and write table and summary."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--names", nargs="+", metavar="GLOB", default=["*"])
+    parser.add_argument("--sample", type=int, help="only so many structures, drawn at random")
+    parser.add_argument("--time-limit", type=float, default=300, help="for one model, in seconds")
+    parser.add_argument("--memory", type=float, default=6, help="for one model, in GiB")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--retry", action="store_true", help="examine again what was not fine")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    table = Table(options.out / "coverage.csv")
+    every = structures(options.out / "coverage_structures.json")
+    if options.retry:
+        table.forget_failures()
+    chosen = [s for s in every if any(fnmatch.fnmatch(s.name, glob) for glob in options.names)]
+    chosen = [s for s in chosen if (s.library, s.name) not in table.rows]
+    if options.sample is not None:
+        chosen = random.Random(0).sample(chosen, min(options.sample, len(chosen)))
+    commit = circumstances(torch.device("cpu"))["commit"]
+    for number, row in enumerate(_examined(chosen, options), 1):
+        table.add({**row, "commit": commit})
+        print(f"{number}/{len(chosen)}", _headline(row), flush=True)
+    path = options.out / "coverage.json"
+    path.write_text(json.dumps(summary(table.rows.values(), every), indent=1) + "\n")
+    print(f"written: {table.path}, {path}")
+
+
+class Table:
+    """The rows found so far, and the file they are appended to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[tuple[str, str], Row] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = {(row["library"], row["name"]): row for row in csv.DictReader(file)}
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write([], "w")
+
+    def add(self, row: Row) -> None:
+        """Append a row."""
+        self.rows[row["library"], row["name"]] = {k: str(row.get(k, "")) for k in COLUMNS}
+        self._write([row], "a")
+
+    def forget_failures(self) -> None:
+        """Drop every row that is not fine."""
+        self.rows = {key: row for key, row in self.rows.items() if row["status"] == "fine"}
+        self._write(self.rows.values(), "w")
+
+    def _write(self, rows: Iterable[Row], mode: str) -> None:
+        with self.path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="raise", lineterminator="\n")
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+# One process for each model -----------------------------------------------------------------------
+
+
+@dataclass
+class _Work:
+    structure: Structure
+    process: BaseProcess
+    channel: Connection
+    deadline: float
+    found: Row
+
+    def finished(self) -> bool:
+        """Read what has arrived; return whether there is nothing more to come."""
+        try:
+            while self.channel.poll():
+                self.found.update(self.channel.recv())
+        except EOFError:
+            self.process.join()
+            return True
+        return time.monotonic() > self.deadline
+
+    def row(self) -> Row:
+        """Return the row, and end the process if it still runs."""
+        late = self.process.is_alive()
+        self.process.kill()
+        self.process.join()
+        row = dict(self.found)
+        if "status" not in row:
+            why = "took too long" if late else f"its process ended with {self.process.exitcode}"
+            row.update(status="failed", reason=f"{why} in stage {row.get('stage', BUILD)}")
+        described = asdict(self.structure)
+        described["family_parameters"] = described.pop("parameters")
+        return {**described, **row}
+
+
+def _examined(chosen: list[Structure], options: argparse.Namespace) -> Iterator[Row]:
+    """Examine all of ``chosen``, a few at a time, and yield each row when it is there."""
+    context = multiprocessing.get_context("fork")  # libraries are loaded already
+    waiting, running = list(reversed(chosen)), list[_Work]()
+    while waiting or running:
+        while waiting and len(running) < options.jobs:
+            structure = waiting.pop()
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_examine, args=(structure, theirs, options.memory))
+            process.start()
+            theirs.close()
+            deadline = time.monotonic() + options.time_limit
+            running.append(_Work(structure, process, ours, deadline, {}))
+        wait([work.channel for work in running], timeout=1.0)
+        for work in [work for work in running if work.finished()]:
+            running.remove(work)
+            yield work.row()
+
+
+def _examine(structure: Structure, channel: Connection, memory: float) -> None:
+    """Examine one structure, in a process that may end at any time, and send what is known."""
+    limit = int(memory * GIBIBYTE)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    os.nice(5)
+    warnings.simplefilter("ignore")
+    start = time.monotonic()
+    row: Row = {"stage": BUILD}
+    try:
+        built = small(structure)
+        row.update(options=json.dumps(built.options, default=str), size=built.size)
+        channel.send(row)
+        for stage, found in examine(built):
+            row.update(found, stage=stage, seconds=round(time.monotonic() - start, 2))
+            channel.send(row)
+        row.update(_judged(row))
+    except Exception as error:
+        row.update(status=_status(error, row["stage"]), reason=_one_line(error))
+    row["seconds"] = round(time.monotonic() - start, 2)
+    channel.send(row)
+
+
+def _judged(row: Row) -> Row:
+    """Return whether a row is fine, and if not, why not."""
+    wrong = [name for name in ("exact", "exact_zero", "exact_train", "finite") if not row[name]]
+    if row["rows"] != "independent":
+        wrong.append(f"rows {row['rows']}")
+    return {"status": "wrong" if wrong else "fine", "reason": ", ".join(wrong)}
+
+
+def _status(error: Exception, stage: str) -> str:
+    words = str(error)
+    exhausted = isinstance(error, MemoryError) or "can't allocate memory" in words
+    if exhausted or (stage == BUILD and isinstance(error, NotBuiltError)):
+        return "skipped"
+    return "failed"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+
+
+def _headline(row: Row) -> str:
+    words = (row["name"], row["status"], row.get("way", ""), f"share {row.get('share', '?')}")
+    return " ".join([*words, f"{row.get('seconds', '?')} s", str(row.get("reason", ""))])
+
+
+# Summary ------------------------------------------------------------------------------------------
+
+
+def summary(rows: Iterable[Row], every: Iterable[Structure]) -> dict[str, Any]:
+    """Return shares of models, each row standing for all models of its structure."""
+    examined, known = list(rows), list(every)
+    kinds = sorted({structure.kind for structure in known})
+    return {
+        **circumstances(torch.device("cpu")),
+        "structures": len(known),
+        "models": sum(structure.models for structure in known),
+        "commits": sorted({row["commit"] for row in examined}),
+        "all": _shares(examined, known),
+        **{
+            kind: _shares(
+                [row for row in examined if row["kind"] == kind],
+                [structure for structure in known if structure.kind == kind],
+            )
+            for kind in kinds
+        },
+        "largest_conversions": _slowest(examined),
+        "not_fine": {
+            row["name"]: f"{row['status']}: {row['reason']}"
+            for row in examined
+            if row["status"] != "fine"
+        },
+        "uncovered": {row["name"]: row["uncovered"] for row in examined if row["uncovered"]},
+    }
+
+
+def _shares(rows: list[Row], known: list[Structure]) -> dict[str, Any]:
+    done = [row for row in rows if row["status"] != "skipped"]
+    weight = {True: sum(int(row["models"]) for row in done)}
+
+    def share(*conditions: tuple[str, str]) -> float | None:
+        models = sum(
+            int(row["models"]) for row in done if all(row[key] == v for key, v in conditions)
+        )
+        return round(models / weight[True], 4) if weight[True] else None
+
+    return {
+        "structures": len(known),
+        "examined": len(done),
+        "skipped": len(rows) - len(done),
+        "models": sum(structure.models for structure in known),
+        "models_represented": weight[True],
+        "share_of_models": {
+            "fine": share(("status", "fine")),
+            "exact": share(("exact", "True"), ("exact_zero", "True")),
+            "exact_in_training": share(("exact_train", "True")),
+            "rows_independent": share(("rows", "independent")),
+            "response_pass": share(("finite", "True")),
+            **{way: share(("way", way)) for way in ("graph", "leaves", "whole")},
+        },
+        "share_of_weights": _covered(done),
+    }
+
+
+def _covered(rows: list[Row]) -> float | None:
+    """Return the share of weights that respond, each row standing for its group's parameters."""
+    counted = [row for row in rows if row["share"]]
+    total = sum(int(row["family_parameters"]) for row in counted)
+    covered = sum(int(row["family_parameters"]) * float(row["share"]) for row in counted)
+    return round(covered / total, 5) if total else None
+
+
+def _slowest(rows: list[Row]) -> dict[str, float]:
+    timed = sorted((float(row["convert_s"]), row["name"]) for row in rows if row["convert_s"])
+    return {name: seconds for seconds, name in reversed(timed[-5:])}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Examine one converted model: what responds, what is exact, whose rows are whose.
+
+Nothing here looks at how stnify finds weights: they are found anew, by watching which parameters
+the model's own forward multiplies with activations.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.structures import Built
+from stnify import STN, WeightDecay, stnify
+from stnify.step import Objective, response_step
+from stnify.verify import verify
+
+BATCH = 3
+LARGE = 150_000_000
+"""Parameters beyond which the response is made of gates only, to save memory."""
+
+Row = dict[str, Any]
+
+
+def examine(built: Built) -> Iterator[tuple[str, Row]]:
+    """Yield the name of each stage as it begins, and afterwards what it found."""
+    torch.manual_seed(0)
+    model, row = built.model, Row()
+    parameters = {name: p.numel() for name, p in model.named_parameters()}
+    total = sum(parameters.values())
+    row.update(parameters=total, response="gate" if total > LARGE else "full")
+    yield "weights", row
+    weights = multiplied_weights(model.train(), built.train_call(2))
+    yield "convert", row
+    start = time.perf_counter()
+    stn = stnify(model.train(), [WeightDecay()], response=row["response"], seed=0)
+    row["convert_s"] = round(time.perf_counter() - start, 3)
+    row.update(coverage(stn, weights, parameters))
+    yield "verify", row
+    start = time.perf_counter()
+    words = verify(stn.model, built.call(BATCH), {})
+    row["verify_s"] = round(time.perf_counter() - start, 3)
+    row.update(shared(stn, words))
+    yield "exact", row
+    open_gates(stn)
+    row.update(exactness(stn, built.call))
+    yield "rows", row
+    row.update(independence(stn, built.call(BATCH), words))
+    yield "train", row
+    row["exact_train"] = train_exactness(stn, built.train_call(BATCH))
+    yield "response", row
+    row.update(response_pass(stn, built.train_call(BATCH)))
+    yield "done", row
+
+
+# What responds ------------------------------------------------------------------------------------
+
+CONVOLUTIONS: tuple[Callable[..., Any], ...] = (
+    *(F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+)
+WITH_WEIGHT: dict[Callable[..., Any], tuple[int, str]] = {
+    F.linear: (1, "weight"),
+    F.bilinear: (2, "weight"),
+    **dict.fromkeys(CONVOLUTIONS, (1, "weight")),
+}
+"""Functions of activations and a weight: which argument the weight is."""
+
+PRODUCTS = (
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm),
+    *(torch.bmm, Tensor.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot),
+)
+"""Functions in which a weight is whatever comes from parameters alone."""
+
+WHOLE = (
+    F.multi_head_attention_forward,
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
+    *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
+)
+"""Functions all of whose matrices are weights."""
+
+
+class _Watch(TorchFunctionMode):
+    """Follows parameters, and what is computed from parameters alone, to where they meet inputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
+        self.vectors = {
+            n for n, p in model.named_parameters() if p.numel() == max(p.shape, default=1)
+        }
+        self.behind: dict[int, frozenset[str]] = {
+            key: frozenset({name}) for key, name in self.names.items()
+        }
+        self.kept: list[Any] = []
+        self.weights: set[str] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func in WITH_WEIGHT:
+            place, name = WITH_WEIGHT[func]
+            self._note([args[place] if len(args) > place else kwargs[name]])
+        elif func in WHOLE or (func in PRODUCTS and not all(map(self._known, inputs))):
+            self._note(inputs)
+        outputs = func(*args, **kwargs)
+        if inputs and all(map(self._known, inputs)):
+            origins = frozenset[str]().union(*(self.behind[id(leaf)] for leaf in inputs))
+            for leaf in tree_leaves(outputs):
+                if isinstance(leaf, Tensor):
+                    self.behind[id(leaf)] = origins
+                    self.kept.append(leaf)  # else another tensor might get its id
+        return outputs
+
+    def _known(self, tensor: Tensor) -> bool:
+        return id(tensor) in self.behind
+
+    def _note(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            behind = self.behind.get(id(tensor), frozenset())
+            # A column that scales a computed weight is no weight itself.
+            scales = self.vectors if len(behind) > 1 else set()
+            self.weights |= (behind & self.matrices) - scales
+
+
+@torch.no_grad()
+def multiplied_weights(model: nn.Module, args: tuple[Any, ...]) -> set[str]:
+    """Return the parameters of two or more dimensions that one forward multiplies with inputs.
+
+    In train mode, so that PyTorch's fast paths, which are single calls, stay off.
+    """
+    with buffers_restored(model), _Watch(model) as watch:
+        model(*args)
+    return watch.weights
+
+
+def coverage(stn: STN, weights: set[str], sizes: dict[str, int]) -> Row:
+    """Return how the model was traced, and how much of its weights responds."""
+    plan, opaque = stn.plan, stn.plan.traced.opaque
+    responding = {site.weight for site in plan.weights if site.weight_responds}
+    missing = sorted(weights - responding)
+    reasons = {r.name: r.reason for r in plan.refusals}
+
+    def reason(name: str) -> str:
+        owners = [other for other in reasons if name == other or name.startswith(f"{other}.")]
+        return reasons[max(owners, key=len)] if owners else "no reason given"
+
+    weighty = sum(sizes[name] for name in weights)
+    covered = sum(sizes[name] for name in weights & responding)
+    return {
+        "way": "whole" if "" in opaque else "leaves" if opaque else "graph",
+        "untraced": "; ".join(f"{name or '(root)'}: {why}" for name, why in opaque.items()),
+        "sites": len(plan.weights),
+        "swapped": sum(site.way == "swap" for site in plan.weights),
+        "weights": len(weights),
+        "weight_parameters": weighty,
+        "covered_parameters": covered,
+        "share": round(covered / weighty, 6) if weighty else 1.0,
+        "uncovered": "; ".join(f"{name}: {reason(name)}" for name in missing),
+    }
+
+
+def shared(stn: STN, words: dict[str, str]) -> Row:
+    """Return how many layers have one perturbation for the whole batch, and why."""
+    found = [word for word in words.values() if word.startswith("shared")]
+    return {
+        "shared_sites": len(found),
+        "shared_because": "; ".join(f"{found.count(w)} {w}" for w in sorted(set(found))),
+    }
+
+
+# What is exact ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def open_gates(stn: STN) -> None:
+    """Let every response have an effect: gates start at nought."""
+    for parameter in stn.model.response_parameters().values():
+        if not parameter.any():
+            parameter.normal_(0, 0.05)
+
+
+def exactness(stn: STN, call: Callable[[int], tuple[Any, ...]]) -> Row:
+    """Return whether the graph in eval mode is the original bit for bit, at two batch sizes."""
+    found = {"exact": True, "exact_zero": True, "finite_outputs": True}
+    original, graph = stn.model._original.eval(), stn.model._graph
+    with torch.no_grad(), stn.model.evaluating():
+        for batch in (2, BATCH):
+            args = call(batch)
+            expected = original(*args)
+            found["exact"] &= identical(graph(*args), expected)
+            nothing = torch.zeros(batch, len(stn.values()))
+            found["exact_zero"] &= identical(graph(*args, response_input=nothing), expected)
+            found["finite_outputs"] &= all(bool(t.isfinite().all()) for t in tensors(expected))
+    return found
+
+
+def train_exactness(stn: STN, args: tuple[Any, ...]) -> bool:
+    """Return whether train mode gives the original's outputs and buffers, at the same seed."""
+    model, runs = stn.model, []
+    for run in (model._original, model):
+        model.train()
+        with torch.no_grad(), model.buffers_restored():
+            torch.manual_seed(1)
+            outputs = run(*args)
+            buffers = {n: b.clone() for n, b in model._original.named_buffers()}
+            runs.append((outputs, buffers, torch.get_rng_state()))
+    return identical(*runs)
+
+
+def identical(one: Any, other: Any) -> bool:
+    """Whether two nested structures hold the same tensors, bit for bit."""
+    pairs = list(zip(tree_leaves(one), tree_leaves(other), strict=False))
+    same = len(tree_leaves(one)) == len(tree_leaves(other)) and len(pairs) > 0
+    return same and all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else a == b
+        for a, b in pairs
+    )
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """Return every tensor of real numbers in nested ``outputs``."""
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if leaf.is_floating_point()]
+
+
+@contextmanager
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    """Undo what the body does to buffers."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    for buffer, value in before:
+        buffer.copy_(value)
+
+
+# Whose rows ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def independence(stn: STN, args: tuple[Any, ...], words: dict[str, str]) -> Row:
+    """Return whether the middle example's perturbation moves its own outputs and no others.
+
+    Layers with one perturbation for the whole batch have none while this is tried.
+    """
+    kept = [
+        (parameter, parameter.clone())
+        for name, word in words.items()
+        if name.startswith("layers.") and word.startswith("shared")
+        for parameter in stn.model.hyper_layers[name.removeprefix("layers.")].parameters()
+    ]
+    for parameter, _ in kept:
+        parameter.zero_()
+    before = torch.randn(BATCH, len(stn.values()))
+    after = before.clone()
+    after[BATCH // 2] += 1.0
+    with stn.model.evaluating():
+        one, other = (
+            by_example(stn.model._graph(*args, response_input=response_input))
+            for response_input in (before, after)
+        )
+    for parameter, value in kept:
+        parameter.copy_(value)
+    moved = [bool(a) and not identical(a, b) for a, b in zip(one, other, strict=True)]
+    middle = moved.pop(BATCH // 2)
+    return {"rows": "mixed" if any(moved) else "independent" if middle else "dead"}
+
+
+def by_example(outputs: Any) -> list[list[Tensor]]:
+    """Sort the tensors of ``outputs`` by the example they belong to."""
+    if isinstance(outputs, list) and len(outputs) == BATCH and isinstance(outputs[0], dict):
+        return [tensors(entry) for entry in outputs]
+    found = [tensor for tensor in tensors(outputs) if tensor.shape[:1] == (BATCH,)]
+    return [[tensor[i] for tensor in found] for i in range(BATCH)]
+
+
+# The response pass --------------------------------------------------------------------------------
+
+
+def response_pass(stn: STN, args: tuple[Any, ...]) -> Row:
+    """Take the gradient of one response step in train mode."""
+
+    def loss(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
+        return torch.stack([t.float().square().mean() for t in tensors(model(*batch))]).sum()
+
+    stn.model.train()
+    result = response_step(stn.model, [args], Objective(forward_loss=loss))
+    gates = [g for name, g in result.gradients.items() if name.endswith("gate")]
+    return {
+        "finite": result.is_finite,
+        "moved": round(sum(bool(g.any()) for g in gates) / max(len(gates), 1), 4),
+    }
