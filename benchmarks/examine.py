@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.structures import Built
 from stnify import STN, WeightDecay, stnify
@@ -267,16 +267,35 @@ def independence(stn: STN, args: tuple[Any, ...], words: dict[str, str]) -> Row:
     before = torch.randn(BATCH, len(stn.values()))
     after = before.clone()
     after[BATCH // 2] += 1.0
+    moved = _moved(stn, (args, before), (args, after))
+    changed = tree_map_only(Tensor, _with_middle_changed, args)
+    by_itself = _moved(stn, (args, before), (changed, before))
+    for parameter, value in kept:
+        parameter.copy_(value)
+    middle = moved.pop(BATCH // 2)
+    by_itself.pop(BATCH // 2)
+    if any(moved):
+        return {"rows": "mixed by the model itself" if any(by_itself) else "mixed"}
+    return {"rows": "independent" if middle else "dead"}
+
+
+def _moved(stn: STN, *runs: tuple[tuple[Any, ...], Tensor]) -> list[bool]:
+    """Return for each example whether its outputs differ between two runs of the graph."""
     with stn.model.evaluating():
         one, other = (
             by_example(stn.model._graph(*args, response_input=response_input))
-            for response_input in (before, after)
+            for args, response_input in runs
         )
-    for parameter, value in kept:
-        parameter.copy_(value)
-    moved = [bool(a) and not identical(a, b) for a, b in zip(one, other, strict=True)]
-    middle = moved.pop(BATCH // 2)
-    return {"rows": "mixed" if any(moved) else "independent" if middle else "dead"}
+    return [bool(a) and not identical(a, b) for a, b in zip(one, other, strict=True)]
+
+
+def _with_middle_changed(tensor: Tensor) -> Tensor:
+    """Give the middle example of a batch other values; a single picture stays as it is."""
+    if tensor.shape[0] != BATCH or tensor.ndim < 4:
+        return tensor
+    tensor = tensor.clone()
+    tensor[BATCH // 2] = 3 * torch.randn_like(tensor[BATCH // 2])
+    return tensor
 
 
 def by_example(outputs: Any) -> list[list[Tensor]]:

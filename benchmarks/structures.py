@@ -213,14 +213,13 @@ def _timm_trials(structure: Structure) -> Iterator[tuple[dict[str, Any], int, tu
     wanted = signature(plain_build("timm", name, **rates))
     configuration = timm.get_pretrained_cfg(name)
     channels, *_, own = configuration.input_size if configuration else (3, 224, 224)
-    fewer = _fewer_blocks(name)
+    fewer: list[dict[str, Any]] = [{"depth": BLOCKS}, {"depths": (BLOCKS,) * 4}, {}]
+    fewer = [found for found in [_fewer_blocks(name)] if found] + fewer
+    options = next(rates | some for some in fewer if _builds(name, rates | some, wanted))
     for size in (*(size for size in SIZES if size < own), own):
-        for options in (dict(rates, **fewer), dict(rates)):
-            for sized in (dict(options, img_size=size), options):
-                if _builds(name, sized, wanted):
-                    yield sized, size, (channels, size, size)
-                    break
-            if not fewer:
+        for sized in (dict(options, img_size=size), options):
+            if _builds(name, sized, wanted):
+                yield sized, size, (channels, size, size)
                 break
 
 

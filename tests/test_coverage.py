@@ -131,6 +131,16 @@ def test_a_sound_model_is_fine():
     assert (row["share"], row["way"], row["rows"], row["moved"]) == (1.0, "graph", "independent", 1)
 
 
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        outputs = self.linear(inputs)
+        return outputs - outputs.mean(0)
+
+
 def converted(model, inputs):
     stn = stnify(model.train(), [WeightDecay()], example_inputs=inputs)
     examine.open_gates(stn)
@@ -152,6 +162,9 @@ def test_what_is_broken_is_not_fine():
     for layer in mixing.model.hyper_layers.values():
         layer.register_forward_hook(lambda module, given, output: output + output.mean(0))
     assert examine.independence(mixing, inputs, {})["rows"] == "mixed"
+    pictures = (torch.randn(3, 1, 2, 4),)
+    found = examine.independence(converted(Centred(), pictures), pictures, {})
+    assert found["rows"] == "mixed by the model itself"
     idle = stnify(dense().model, [WeightDecay()], example_inputs=inputs)
     assert examine.independence(idle, inputs, {})["rows"] == "dead"
 
