@@ -34,13 +34,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.examine import Row, examine
+from benchmarks.examine import Row, examine, judged
 from benchmarks.step_cost import RESULTS, circumstances
 from benchmarks.structures import NotBuiltError, Structure, small, structures
 
 COLUMNS = (
     *("library", "family", "kind", "name", "models", "family_parameters"),
-    *("status", "reason", "stage", "options", "size", "parameters", "response"),
+    *("status", "reason", "stage", "options", "shape", "parameters", "response"),
     *("way", "untraced", "sites", "swapped"),
     *("weights", "weight_parameters", "covered_parameters", "share", "uncovered"),
     *("exact", "exact_zero", "exact_train", "finite_outputs"),
@@ -185,24 +185,16 @@ def _examine(structure: Structure, channel: Connection, memory: float) -> None:
     row: Row = {"stage": BUILD}
     try:
         built = small(structure)
-        row.update(options=json.dumps(built.options, default=str), size=built.size)
+        row.update(options=json.dumps(built.options, default=str), shape=list(built.shape))
         channel.send(row)
         for stage, found in examine(built):
             row.update(found, stage=stage, seconds=round(time.monotonic() - start, 2))
             channel.send(row)
-        row.update(_judged(row))
+        row.update(judged(row))
     except Exception as error:
         row.update(status=_status(error, row["stage"]), reason=_one_line(error))
     row["seconds"] = round(time.monotonic() - start, 2)
     channel.send(row)
-
-
-def _judged(row: Row) -> Row:
-    """Return whether a row is fine, and if not, why not."""
-    wrong = [name for name in ("exact", "exact_zero", "exact_train", "finite") if not row[name]]
-    if row["rows"] not in {"independent", "mixed by the model itself"}:
-        wrong.append(f"rows {row['rows']}")
-    return {"status": "wrong" if wrong else "fine", "reason": ", ".join(wrong)}
 
 
 def _status(error: Exception, stage: str) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.structures import Built
 from stnify import STN, WeightDecay, stnify
@@ -56,6 +56,14 @@ def examine(built: Built) -> Iterator[tuple[str, Row]]:
     yield "response", row
     row.update(response_pass(stn, built.train_call(BATCH)))
     yield "done", row
+
+
+def judged(row: Row) -> Row:
+    """Return whether a finished row is fine, and if not, why not."""
+    wrong = [name for name in ("exact", "exact_zero", "exact_train", "finite") if not row[name]]
+    if row["rows"] not in {"independent", "mixed by the model itself"}:
+        wrong.append(f"rows {row['rows']}")
+    return {"status": "wrong" if wrong else "fine", "reason": ", ".join(wrong)}
 
 
 # What responds ------------------------------------------------------------------------------------
@@ -267,35 +275,36 @@ def independence(stn: STN, args: tuple[Any, ...], words: dict[str, str]) -> Row:
     before = torch.randn(BATCH, len(stn.values()))
     after = before.clone()
     after[BATCH // 2] += 1.0
-    moved = _moved(stn, (args, before), (args, after))
-    changed = tree_map_only(Tensor, _with_middle_changed, args)
-    by_itself = _moved(stn, (args, before), (changed, before))
-    for parameter, value in kept:
-        parameter.copy_(value)
-    middle = moved.pop(BATCH // 2)
-    by_itself.pop(BATCH // 2)
-    if any(moved):
-        return {"rows": "mixed by the model itself" if any(by_itself) else "mixed"}
-    return {"rows": "independent" if middle else "dead"}
-
-
-def _moved(stn: STN, *runs: tuple[tuple[Any, ...], Tensor]) -> list[bool]:
-    """Return for each example whether its outputs differ between two runs of the graph."""
     with stn.model.evaluating():
         one, other = (
             by_example(stn.model._graph(*args, response_input=response_input))
-            for args, response_input in runs
+            for response_input in (before, after)
         )
-    return [bool(a) and not identical(a, b) for a, b in zip(one, other, strict=True)]
+        moved = [bool(a) and not identical(a, b) for a, b in zip(one, other, strict=True)]
+        middle = moved.pop(BATCH // 2)
+        if any(moved):
+            found = "mixed by the model itself" if _mixes(stn.model._original, args) else "mixed"
+        else:
+            found = "independent" if middle else "dead"
+    for parameter, value in kept:
+        parameter.copy_(value)
+    return {"rows": found}
 
 
-def _with_middle_changed(tensor: Tensor) -> Tensor:
-    """Give the middle example of a batch other values; a single picture stays as it is."""
-    if tensor.shape[0] != BATCH or tensor.ndim < 4:
-        return tensor
-    tensor = tensor.clone()
-    tensor[BATCH // 2] = 3 * torch.randn_like(tensor[BATCH // 2])
-    return tensor
+@torch.enable_grad()
+def _mixes(model: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether an example's outputs depend on the inputs of others: their gradients are not nought.
+
+    Gradients tell it where the dependence is too weak to show in the outputs' last bit.
+    """
+    inputs = [t.clone().requires_grad_() for t in args if isinstance(t, Tensor)]
+    if len(inputs) < len(args):  # lists of pictures
+        return False
+    middle = by_example(model(*inputs))[BATCH // 2]
+    total = torch.stack([tensor.float().sum() for tensor in middle]).sum()
+    gradients = torch.autograd.grad(total, inputs, materialize_grads=True)
+    others = [i for i in range(BATCH) if i != BATCH // 2]
+    return any(bool(gradient[others].any()) for gradient in gradients)
 
 
 def by_example(outputs: Any) -> list[list[Tensor]]:

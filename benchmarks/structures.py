@@ -71,14 +71,14 @@ class Built:
     Attributes:
         model: With weights that are all different from nought.
         options: What it was built with.
-        size: Of its images, in pixels.
+        shape: Of one input.
         call: Batch size to positional arguments in eval mode.
         train_call: The same in train mode, where detection models want targets too.
     """
 
     model: nn.Module
     options: dict[str, Any]
-    size: int
+    shape: tuple[int, ...]
     call: Callable[[int], tuple[Any, ...]]
     train_call: Callable[[int], tuple[Any, ...]]
 
@@ -172,17 +172,24 @@ def small(structure: Structure) -> Built:
     """
     trials = _timm_trials if structure.library == "timm" else _torchvision_trials
     reason = "nothing was tried"
-    for options, size, shape in trials(structure):
+    for options, shape in trials(structure):
         try:
-            model = build(structure.library, structure.name, **options)
-            shake(model)
-            built = Built(model, options, size, *_calls(structure, shape))
+            built = assembled(structure.library, structure.kind, structure.name, options, shape)
             _try(built)
         except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"
             continue
         return built
     raise NotBuiltError(reason)
+
+
+def assembled(
+    library: str, kind: str, name: str, options: dict[str, Any], shape: tuple[int, ...]
+) -> Built:
+    """Build a model with these options, to be called with inputs of ``shape``."""
+    model = build(library, name, **options)
+    shake(model)
+    return Built(model, options, shape, *_calls(kind, shape))
 
 
 @torch.no_grad()
@@ -206,8 +213,8 @@ def shake(model: nn.Module) -> None:
             module.running_var.uniform_(0.5, 1.5)
 
 
-def _timm_trials(structure: Structure) -> Iterator[tuple[dict[str, Any], int, tuple[int, ...]]]:
-    """Yield options, image size and input shape, the cheapest first."""
+def _timm_trials(structure: Structure) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
+    """Yield options and input shape, the cheapest first."""
     name = structure.name
     rates = next((rates for rates in RATES if _builds(name, rates)), {})
     wanted = signature(plain_build("timm", name, **rates))
@@ -219,7 +226,7 @@ def _timm_trials(structure: Structure) -> Iterator[tuple[dict[str, Any], int, tu
     for size in (*(size for size in SIZES if size < own), own):
         for sized in (dict(options, img_size=size), options):
             if _builds(name, sized, wanted):
-                yield sized, size, (channels, size, size)
+                yield sized, (channels, size, size)
                 break
 
 
@@ -266,38 +273,38 @@ def _at_most(blocks: Any) -> Any:
 
 def _torchvision_trials(
     structure: Structure,
-) -> Iterator[tuple[dict[str, Any], int, tuple[int, ...]]]:
+) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
     name, family = structure.name, structure.family
     classes = {} if structure.kind == "optical_flow" else {"num_classes": CLASSES}
     if structure.kind == "video":
         for frames, size in ((4, 64), (8, 64), (16, 112), (14, 224), (16, 224)):
-            yield classes, size, (3, frames, size, size)
+            yield classes, (3, frames, size, size)
             if "mvit" in family:
                 sized = {"spatial_size": (size, size), "temporal_size": frames}
-                yield classes | sized, size, (3, frames, size, size)
+                yield classes | sized, (3, frames, size, size)
     elif structure.kind == "detection":
         for size in (64, 128, 320):
             sized = {} if "ssd" in name else {"min_size": size, "max_size": size}
-            yield classes | sized, size, (3, size, size)
+            yield classes | sized, (3, size, size)
     elif structure.kind == "optical_flow":
-        yield {}, 128, (3, 128, 128)
+        yield {}, (3, 128, 128)
     else:
         plain = classes | ({"init_weights": True} if "inception" in family else {})
         for size in SIZES:
             if "vision_transformer" in family:
-                yield classes | {"image_size": size}, size, (3, size, size)
+                yield classes | {"image_size": size}, (3, size, size)
             elif family == "maxvit":
-                yield classes | {"input_size": (size, size)}, size, (3, size, size)
+                yield classes | {"input_size": (size, size)}, (3, size, size)
             else:
-                yield plain, size, (3, size, size)
+                yield plain, (3, size, size)
 
 
 # Inputs -------------------------------------------------------------------------------------------
 
 
-def _calls(structure: Structure, shape: tuple[int, ...]) -> tuple[Any, Any]:
+def _calls(kind: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Return the functions that make inputs for eval and for train mode."""
-    match structure.kind:
+    match kind:
         case "detection":
             return (
                 lambda batch: (_pictures(batch, shape),),

@@ -39,7 +39,7 @@ def test_a_signature_is_of_structure_and_not_of_size():
 def test_a_small_build_keeps_its_structure_and_is_nowhere_idle():
     structure = structures.Structure("timm", "convnext", "image", "convnext_atto", 1, 0)
     built = structures.small(structure)
-    assert built.size == 64
+    assert built.shape == (3, 64, 64)
     assert built.options["depths"] == (2, 2, 2, 2)
     original = structures.plain_build("timm", "convnext_atto", drop_rate=0.1, drop_path_rate=0.1)
     assert structures.signature(built.model) == structures.signature(original)
@@ -49,7 +49,7 @@ def test_a_small_build_keeps_its_structure_and_is_nowhere_idle():
 
 def test_a_model_that_does_not_run_says_why(monkeypatch):
     def failing(built):
-        raise ValueError(f"{built.size} pixels are too few")
+        raise ValueError(f"{built.shape[-1]} pixels are too few")
 
     monkeypatch.setattr(structures, "_try", failing)
     last = structures.timm.get_pretrained_cfg("test_resnet").input_size[-1]
@@ -120,14 +120,14 @@ def test_coverage_counts_what_responds_and_names_what_does_not():
 def dense(size=4):
     model = nn.Sequential(nn.Linear(size, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
     call = lambda batch: (torch.randn(batch, size),)  # noqa: E731
-    return structures.Built(model, {}, size, call, call)
+    return structures.Built(model, {}, (size,), call, call)
 
 
 def test_a_sound_model_is_fine():
     stages = list(examine.examine(dense()))
     row = stages[-1][1]
     assert [stage for stage, _ in stages][-1] == "done"
-    assert coverage._judged(row) == {"status": "fine", "reason": ""}
+    assert examine.judged(row) == {"status": "fine", "reason": ""}
     assert (row["share"], row["way"], row["rows"], row["moved"]) == (1.0, "graph", "independent", 1)
 
 
