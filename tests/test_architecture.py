@@ -85,13 +85,29 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tunable",
         "tuner",
     },
+    "testing": {
+        "bundle",
+        "convert",
+        "declare",
+        "errors",
+        "export",
+        "layers",
+        "linearize",
+        "perturb",
+        "rows",
+        "step",
+        "streams",
+        "tunable",
+        "verify",
+    },
 }
 """Room to the rooms it may import, which all stand above it."""
 
 ONLY_IN = {
-    "torch.fx": {"trace", "planning", "rewrite"},
-    "torch.autograd.forward_ad": {"linearize", "layers", "forward_mode"},
+    "torch.fx": {"trace", "planning", "rewrite", "testing"},
+    "torch.autograd.forward_ad": {"linearize", "layers", "forward_mode", "testing"},
     "matplotlib": {"schedule"},
+    "hypothesis": {"testing"},
 }
 """Module to the only rooms that may import it."""
 

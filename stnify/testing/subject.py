@@ -1,0 +1,270 @@
+"""A private, converted copy of a model, and every pass through it that an assertion compares."""
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from stnify.bundle import STN
+from stnify.convert import stnify
+from stnify.declare import Declaration, Hyperparameter
+from stnify.errors import UsageError
+from stnify.linearize import linearized_forward, perturbed_forward
+from stnify.perturb import Perturbation
+from stnify.rows import batch_size
+from stnify.streams import RandomStream
+from stnify.tunable import TunableModule
+from stnify.verify import verify
+
+Model = nn.Module | STN
+Hparams = Sequence[Declaration] | Mapping[str, float] | None
+Criterion = Callable[[Any], Tensor]
+"""``prediction -> scalar``."""
+
+STRENGTH = 0.2
+"""Standard deviation of gates that were closed, so that responses have an effect."""
+
+
+REPEATED = 3
+"""Examples made of a single one."""
+
+
+def idle() -> list[Declaration]:
+    """Return two hyperparameters without any effect of their own, to which weights respond."""
+    return [Hyperparameter(name, init=0.5) for name in ("first", "second")]
+
+
+def mean_square(prediction: Any) -> Tensor:
+    """Return the mean of the squares of every real number in a prediction, ``()``."""
+    squares = [t.square().mean() for t in tensors(prediction) if t.is_floating_point()]
+    return torch.stack(squares).sum()
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in nested mappings, sequences and dataclasses, in order."""
+    match value:
+        case Tensor():
+            return [value]
+        case Mapping():
+            children: list[Any] = list(value.values())
+        case list() | tuple():
+            children = list(value)
+        case _ if is_dataclass(value):
+            children = [getattr(value, field.name) for field in fields(value)]
+        case _:
+            return []
+    return [tensor for child in children for tensor in tensors(child)]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A converted model nobody else uses, with inputs.
+
+    Attributes:
+        model: Converted.
+        inputs: Positional and keyword arguments; each pass gets a copy.
+        seed: Of the random numbers of every pass.
+    """
+
+    model: TunableModule
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    seed: int = 0
+
+    @property
+    def batch(self) -> int:
+        """Examples in the inputs."""
+        return batch_size(self.inputs)
+
+    @property
+    def name(self) -> str:
+        """Class of the user's model."""
+        return type(self.model._original).__name__
+
+    def several(self) -> "Subject":
+        """Return a subject with several examples; a single one is repeated, with some noise.
+
+        Norms divide by the differences between examples, so copies alone would not do.
+        """
+        if self.batch != 1:
+            return self
+
+        def repeat(tensor: Tensor) -> Tensor:
+            if tensor.ndim == 0 or len(tensor) != 1:
+                return tensor
+            repeated = tensor.repeat(REPEATED, *[1] * (tensor.ndim - 1))
+            if not tensor.is_floating_point():
+                return repeated
+            spread = 0.5 * tensor.abs().mean().clamp_min(0.1)
+            return repeated + spread * torch.randn_like(repeated)
+
+        with RandomStream(2, self.device()).active():
+            return replace(self, inputs=tree_map_only(Tensor, repeat, self.inputs))
+
+    def call(self, function: Callable[..., Any], **options: Any) -> Any:
+        """Call ``function`` with the inputs; every pass draws the same random numbers."""
+        args, kwargs = tree_map_only(Tensor, torch.clone, self.inputs)
+        with RandomStream(self.seed, self.device()).active():
+            return function(*args, **kwargs, **options)
+
+    def original(self) -> Any:
+        """Predict as the user's model does."""
+        return self.call(self.model._original)
+
+    def plain(self) -> Any:
+        """Run the graph as it is, without noise or response."""
+        return self.call(self.model._graph)
+
+    def zero(self) -> Any:
+        """Run the graph with a response input of zeros."""
+        return self.call(self.model._graph, response_input=0 * self.draw())
+
+    def perturbed(self, response_input: Tensor) -> Any:
+        """Predict with the perturbed weights themselves."""
+        return self._pass(perturbed_forward, response_input)
+
+    def linearized(self, response_input: Tensor) -> Any:
+        """Predict to first order in the perturbation."""
+        return self._pass(linearized_forward, response_input)
+
+    def _pass(self, forward: Callable[..., Any], response_input: Tensor) -> Any:
+        space = self.model.hyperparameters
+        constrained = None
+        if self.model.training:
+            constrained = space.current.expand(len(response_input), -1)
+
+        def run(graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            return forward(graph, args, kwargs, Perturbation(response_input, constrained))
+
+        with self.model.running(run, constrained):
+            return self.call(self.model)
+
+    def draw(self, seed: int = 0) -> Tensor:
+        """Return one perturbation for each example, ``(batch, h)``."""
+        space = self.model.hyperparameters
+        with RandomStream(seed, self.device()).active():
+            return torch.randn(
+                self.batch, len(space.columns), dtype=space.raw_scale.dtype, device=self.device()
+            )
+
+    @contextmanager
+    def mode(self, training: bool) -> Iterator[None]:
+        """Run the body in train or eval mode; buffers come back as they were."""
+        self.model.train(training)
+        with self.model.buffers_restored():
+            yield
+
+    def shared_sites(self) -> list[str]:
+        """Measure whom rows belong to; return the layers where they belong to no example."""
+        words = verify(self.model, *tree_map_only(Tensor, torch.clone, self.inputs))
+        sites = [name for name, word in words.items() if word.startswith("shared")]
+        return [name.removeprefix("layers.") for name in sites if name.startswith("layers.")]
+
+    @torch.no_grad()
+    def close(self, layers: Iterable[str]) -> None:
+        """Set all response parameters of these layers to zero."""
+        for name in layers:
+            for parameter in self.model.hyper_layers[name].parameters():
+                parameter.zero_()
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Give every response parameter that is zero a value, so that the response has an effect.
+
+        A fresh response is closed: its gates are zero.
+        """
+        with RandomStream(1, self.device()).active():
+            for parameter in self.model.response_parameters().values():
+                if not parameter.any():
+                    parameter.normal_(0, STRENGTH)
+
+    def device(self) -> torch.device:
+        """Return where the model is."""
+        return self.model.hyperparameters.unconstrained.device
+
+
+@contextmanager
+def prepared(
+    model: Model,
+    inputs: Any,
+    hparams: Hparams = None,
+    *,
+    double: bool = False,
+) -> Iterator[Subject]:
+    """Convert a copy of ``model`` for the time of the body.
+
+    The caller's model, gradients, generators and default dtype stay as they are.
+
+    Args:
+        model: Any module, or an STN, whose response is used as it is.
+        inputs: A tensor, a tuple of positional or a dict of keyword arguments.
+        hparams: Of the conversion; two without effect by default.
+        double: Compute in float64.
+
+    Raises:
+        UsageError: ``hparams`` came with an STN, which has its own.
+        StnifyError: The model cannot be converted.
+    """
+    if isinstance(model, STN) and hparams is not None:
+        raise UsageError("an STN has its own hyperparameters: leave `hparams` out.")
+    dtype = torch.get_default_dtype()
+    with _generators_restored():
+        if double:
+            torch.set_default_dtype(torch.float64)
+        try:
+            converted = _converted(model, hparams, double)
+            call = _arguments(inputs)
+            subject = Subject(converted, _as_double(call) if double else call)
+            subject.open()
+            yield subject
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def _converted(model: Model, hparams: Hparams, double: bool) -> TunableModule:
+    if isinstance(model, STN):
+        own = copy.deepcopy(model.model)
+        return own.double() if double else own
+    private = copy.deepcopy(model)
+    for parameter in private.parameters():
+        parameter.grad = None
+    if double:
+        private = private.double()
+    hparams = idle() if hparams is None else hparams
+    return stnify(private, hparams, seed=0, compile=False, verify=False).model
+
+
+@contextmanager
+def _generators_restored() -> Iterator[None]:
+    """Put the states of Python's and PyTorch's generators back after the body."""
+    python, cpu = random.getstate(), torch.get_rng_state()
+    accelerator = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+    module = torch.get_device_module(accelerator) if accelerator else None
+    states = module.get_rng_state_all() if module and hasattr(module, "get_rng_state_all") else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(cpu)
+        if module is not None and states is not None:
+            module.set_rng_state_all(states)
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments, as ``example_inputs`` of ``stnify`` reads them."""
+    match inputs:
+        case dict():
+            return (), inputs
+        case tuple() | list():
+            return tuple(inputs), {}
+        case _:
+            return (inputs,), {}
+
+
+def _as_double(call: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, call)
