@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from stnify.linearize import linearized_forward, perturbed_forward
+from stnify.linearize import linearized_forward, perturbed_forward, plain_forward
 from stnify.perturb import Perturbation
 from stnify.rows import batch_size
 from stnify.step import first_rows
@@ -48,10 +47,9 @@ def count_flops(
     examples = max(1, batch_size((inputs, named)))
     nowhere = space.unconstrained.new_zeros(examples, len(space.columns))
     forward = linearized_forward if linearized else perturbed_forward
-    constants = {name: p.detach() for name, p in graph.named_parameters()}
     private = RandomStream(0, space.unconstrained.device)
     with model.evaluating(), model.buffers_restored(), private.active():
-        before = _counted(graph, lambda: functional_call(graph, constants, inputs, named))
+        before = _counted(graph, lambda: plain_forward(graph, inputs, named))
         after = _counted(graph, lambda: forward(graph, inputs, named, Perturbation(nowhere, None)))
     layers = {f"{type(graph).__name__}.{PREFIX}.layers.{name}": name for name in model.hyper_layers}
     layers["Global"] = WHOLE

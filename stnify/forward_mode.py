@@ -4,6 +4,7 @@ Add a rule: one row in ``FORWARD_MODE_RULES``.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,15 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from stnify.composites import (
+    RECURRENT_CELLS,
+    RECURRENT_NETWORKS,
+    multi_head_attention,
+    pack,
+    pad,
+)
 
 
 def _batch_norm(
@@ -212,9 +220,9 @@ def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
-    # The function is one operator here, so its own attention call needs its own remedy.
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.multi_head_attention_forward(*args, **kwargs)
+    # Called from a rule, its own attention would not meet the rule for that.
+    with ForwardModeRules():
+        return multi_head_attention(F.linear, *args, **kwargs)
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -238,6 +246,10 @@ FORWARD_MODE_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: _multi_head_attention,
     F.hardsigmoid: _hardsigmoid,
     F.glu: _glu,
+    torch._pack_padded_sequence: pack,
+    torch._pad_packed_sequence: pad,
+    **{function: partial(network, F.linear) for function, network in RECURRENT_NETWORKS.items()},
+    **{function: partial(cell, F.linear) for function, cell in RECURRENT_CELLS.items()},
 }
 """Operator to the decomposition used in the linearised pass, and only there."""
 

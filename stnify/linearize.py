@@ -12,9 +12,9 @@ from typing import Any
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
 
 from stnify.forward_mode import ForwardModeRules
+from stnify.nested import map_tensors
 from stnify.perturb import Perturbation
 from stnify.tunable import PREFIX
 
@@ -41,7 +41,7 @@ def linearized_forward(
     """
     with ForwardModeRules(), forward_ad.dual_level():
         outputs = _constant_call(graph, args, kwargs, perturbation, linearized=True)
-        return tree_map_only(Tensor, _primal_plus_tangent, outputs)
+        return map_tensors(_primal_plus_tangent, outputs)
 
 
 def perturbed_forward(
@@ -58,6 +58,11 @@ def perturbed_forward(
     return _constant_call(graph, args, kwargs, perturbation, linearized=False)
 
 
+def plain_forward(graph: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Predict as the model is, without a response; nothing is differentiable or updated."""
+    return functional_call(graph, _constants(graph), args, dict(kwargs), tie_weights=False)
+
+
 def _constant_call(
     graph: nn.Module,
     args: tuple[Any, ...],
@@ -67,19 +72,33 @@ def _constant_call(
     linearized: bool,
 ) -> Any:
     """Call the graph with general parameters detached and a private copy of every buffer."""
-    constants = {
-        name: parameter.detach()
-        for name, parameter in graph.named_parameters()
-        if not name.startswith(f"{PREFIX}.")
-    }
-    constants.update({name: buffer.clone() for name, buffer in graph.named_buffers()})
+    constants = _constants(graph)
     inputs = {
         **kwargs,
         "response_input": perturbation.response_input,
         "constrained": perturbation.constrained,
         "linearized": linearized,
     }
-    return functional_call(graph, constants, args, inputs)
+    return functional_call(graph, constants, args, inputs, tie_weights=False)
+
+
+def _constants(graph: nn.Module) -> dict[str, Tensor]:
+    """Return a constant in the place of each general parameter and buffer, tied ones the same one.
+
+    A module that is registered twice has one name here: ``functional_call`` would otherwise put
+    the constant back where the parameter was.
+    """
+    made: dict[int, Tensor] = {}
+    constants: dict[str, Tensor] = {}
+    for path, module in graph.named_modules():
+        own = [*module._parameters.items(), *module._buffers.items()]
+        for name, tensor in own if not path.startswith(PREFIX) else module._buffers.items():
+            if tensor is not None:
+                if id(tensor) not in made:
+                    parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = tensor.detach() if parameter else tensor.clone()
+                constants[f"{path}.{name}" if path else name] = made[id(tensor)]
+    return constants
 
 
 def _primal_plus_tangent(value: Tensor) -> Tensor:

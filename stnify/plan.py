@@ -40,19 +40,24 @@ class WeightSite:
     Attributes:
         name: Qualified name of the module that owns the weight.
         kind: Row of the layer table.
-        way: Whether a module or a function is called in the graph, or a module is swapped inside
-            another that could not be traced through.
-        node: Name of the call in the graph.
+        way: Whether a module or a function is called in the graph, or the weight is recognised in
+            calls made by the code of a module that is not traced through.
+        node: Name of the call in the graph, and of the weight if the call has several.
         weight: Qualified name of the weight, or of the parameter it is computed from.
         bias: Qualified name of the bias, if it is a parameter.
         weight_responds: False if the weight is frozen.
         bias_responds: False if there is no bias, or it is frozen or computed.
-        arguments: Fixed arguments of the call beside input, weight and bias.
+        axis: Dimension of the weight whose units are gated.
+        units: How many gates there are.
         layout: Which rows belong to which example, once it has been measured.
         response_parameters: Parameters this site adds; a weight used twice counts once.
-        inside: For a swap, the module that could not be traced through.
+        inside: For a swap, the module whose code runs.
         computed: Shape of the weight if the model computes it, as a standardised kernel; it is then
             the computed weight that responds.
+        computed_by: The node that computes it.
+        value: The node whose value a function receives as the weight, if it is watched for calls.
+        value_bias: Likewise for the bias.
+        transposed: Whether that value is the transpose of the weight.
         parameters: General parameters of this site, once counted; a weight used twice counts once.
         flops: What this site costs, once inputs have been seen; a layer called twice counts once.
     """
@@ -65,18 +70,29 @@ class WeightSite:
     bias: str | None
     weight_responds: bool
     bias_responds: bool
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    axis: int = 0
+    units: int = 0
     layout: str = "batch (assumed)"
     response_parameters: int = 0
     inside: str | None = None
     computed: tuple[int, ...] | None = None
+    computed_by: str | None = None
+    value: str | None = None
+    value_bias: str | None = None
+    transposed: bool = False
     parameters: int | None = None
     flops: Flops | None = None
 
     @property
     def key(self) -> str:
         """Name under which the uses of a weight share one response."""
-        return self.weight if self.computed is None else f"{self.weight} (computed)"
+        return self.weight if self.computed is None else f"{self.weight} ({self.computed_by})"
+
+    @property
+    def label(self) -> str:
+        """Name for a reader: the layer's if the weight is all it has, else the weight's."""
+        path, _, attribute = self.weight.rpartition(".")
+        return path or "(root)" if attribute == "weight" else self.weight
 
 
 @dataclass(frozen=True)
@@ -256,7 +272,7 @@ def _row(site: WeightSite) -> tuple[str, ...]:
     sizes = (before, None if before is None else before + added)
     costs: tuple[int | None, ...] = site.flops or (None, None)
     numbers = map(_compact, (*sizes, *costs))
-    return (site.name or "(root)", site.kind, site.way, _brief(site.layout), *numbers)
+    return (site.label, site.kind, site.way, _brief(site.layout), *numbers)
 
 
 def _brief(layout: str) -> str:
@@ -268,7 +284,7 @@ def _notes(sites: Sequence[WeightSite]) -> list[str]:
     by_layout: dict[str, list[str]] = {}
     for site in sites:
         if site.layout != _brief(site.layout):
-            by_layout.setdefault(site.layout, []).append(site.name or "(root)")
+            by_layout.setdefault(site.layout, []).append(site.label)
     return [f"rows {layout}: {_some(names)}" for layout, names in by_layout.items()]
 
 

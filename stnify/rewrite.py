@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from stnify.layers import (
-    HYPER_FUNCTIONS,
     HYPER_MODULES,
+    HYPER_OPERATORS,
     BiasResponse,
     HyperLayer,
-    LayerKind,
     WeightResponse,
     fan_in_bound,
 )
@@ -24,7 +23,7 @@ from stnify.plan import NoiseSite, Plan, WeightSite
 from stnify.regularizers import FixedDropout, FixedScaledDotProductAttention, TunedDropout
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
-from stnify.swap import SwappedModule
+from stnify.swap import SwappedFunction, SwappedModule, WeightUse
 from stnify.tunable import PREFIX, TunableModule, Tunables, Use, WholeFunction, insert
 
 NOISES: dict[str, Callable[[int, NoiseSite], nn.Module]] = {
@@ -71,16 +70,22 @@ def rewrite(
         else:
             swaps.noises.setdefault(site.inside, {})[site.name] = module
     _keep_modes(copy, tunables)
-    _keep_whole(copy, plan, tunables)
     uses: dict[str, list[Use]] = {}
+    watched: dict[str, list[WeightSite]] = {}
     for call in plan.weights:
         key = _key(tunables, call, layers[call.node])
-        if call.inside is None:
-            _call_layer(copy, nodes[call.node], call, f"{PREFIX}.layers.{key}", inputs)
+        if call.inside is not None:
+            use = WeightUse(call.weight, call.bias, layers[call.node])
+            swaps.uses.setdefault(call.inside, {})[call.weight, call.kind] = use
+        elif call.value is not None:
+            watched.setdefault(call.node.partition(":")[0], []).append(call)
         else:
-            swaps.layers.setdefault(call.inside, {})[call.name] = layers[call.node]
+            _call_layer(copy, nodes[call.node], call, f"{PREFIX}.layers.{key}", inputs)
         computed = call.computed is not None
         uses.setdefault(call.weight, []).append(Use(call.node, key, call.bias, computed))
+    for name, calls in watched.items():
+        _watch(copy, nodes, name, [(call, layers[call.node]) for call in calls], tunables, inputs)
+    _keep_whole(copy, plan, tunables)
     swaps.place(copy, tunables, inputs)
     shell = TunableModule(model, tunables, stream, uses, plan.traced.fixed)
     copy.lint()
@@ -98,34 +103,53 @@ def _hyper_layers(model: nn.Module, plan: Plan) -> dict[str, HyperLayer]:
     weights: dict[str, WeightResponse] = {}
     biases: dict[str, BiasResponse] = {}
     layers: dict[str, HyperLayer] = {}
-    of_module: dict[tuple[str, str, str], HyperLayer] = {}
+    shared: dict[tuple[str, ...], HyperLayer] = {}
     for site in plan.weights:
-        call = (site.name, site.way, site.node if site.way == "function" else repr(site.arguments))
-        if call in of_module:
-            layers[site.node] = of_module[call]
-            continue
-        original, kind = _original(model, plan, site)
         weight = parameters[site.weight].detach()
         if site.computed is not None:
             weight = weight.new_empty(site.computed)
         if site.weight_responds and site.key not in weights:
-            groups = getattr(original, "groups", site.arguments.get("groups", 1))
-            units = kind.units(weight, groups)
-            weights[site.key] = WeightResponse(weight, h, kind.axis, plan.response, units)
+            response = WeightResponse(weight, h, site.axis, plan.response, site.units)
+            weights[site.key] = response
         if site.bias_responds and site.bias is not None and site.bias not in biases:
             bias, bound = parameters[site.bias], fan_in_bound(weight)
             biases[site.bias] = BiasResponse(bias, h, bound, plan.response)
-        responses = weights.get(site.key), biases.get(site.bias or "")
-        layers[site.node] = of_module[call] = kind.build(original, responses, site.arguments)
+        use = _use(site)
+        if use not in shared:
+            responses = weights.get(site.key), biases.get(site.bias or "")
+            shared[use] = _hyper_layer(model, site, responses)
+        layers[site.node] = shared[use]
     return layers
 
 
-def _original(model: nn.Module, plan: Plan, site: WeightSite) -> tuple[Any, LayerKind]:
-    if site.way != "function":
-        module = model.get_submodule(site.name)
-        return module, HYPER_MODULES[type(module)]
-    function = next(node for node in plan.traced.graph.nodes if node.name == site.node).target
-    return function, HYPER_FUNCTIONS[function]
+def _use(site: WeightSite) -> tuple[str, ...]:
+    """Return what calls served by one layer have in common.
+
+    A module called twice is one layer; code that is watched shows which weight it applies, not for
+    which module.
+    """
+    match site.way:
+        case "function":
+            return (site.way, site.node)
+        case "module":
+            return (site.way, site.name)
+        case "swap":
+            return (site.way, site.weight, site.kind, str(site.inside))
+
+
+def _hyper_layer(
+    model: nn.Module,
+    site: WeightSite,
+    responses: tuple[WeightResponse | None, BiasResponse | None],
+) -> HyperLayer:
+    if site.way == "function":
+        return HYPER_OPERATORS[site.kind](*responses)
+    module = model.get_submodule(site.name)
+    if site.way == "module":
+        return HYPER_MODULES[type(module)](module, responses)
+    if responses[0] is not None and getattr(module, "padding_idx", None) is not None:
+        responses[0].silence(module.padding_idx)
+    return HYPER_OPERATORS[site.kind](*responses)
 
 
 def _key(tunables: Tunables, site: WeightSite, layer: HyperLayer) -> str:
@@ -238,17 +262,61 @@ def _call_layer(
 ) -> None:
     with graph.inserting_before(node):
         if site.way == "module":
-            weight: Any = graph.get_attr(f"{site.name}.weight")
-            bias: Any = graph.get_attr(f"{site.name}.bias") if site.bias else None
-            activations = node.args[0] if node.args else node.kwargs["input"]
+            arguments = {**dict(zip(("input", "output_size"), node.args, strict=False))}
+            arguments |= node.kwargs
+            weight: Any = graph.get_attr(f"{site.name}.weight".lstrip("."))
+            bias: Any = graph.get_attr(f"{site.name}.bias".lstrip(".")) if site.bias else None
         else:
-            names = ("input", "weight", "bias")
-            arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-            activations, weight, bias = (arguments.get(name) for name in names)
+            arguments = {**dict(zip(_geometry(node), node.args, strict=False)), **node.kwargs}
+            weight, bias = arguments.pop("weight"), arguments.pop("bias", None)
+        activations = arguments.pop("input")
         call = graph.call_module(
-            target, (activations, weight, bias, inputs["response_input"], inputs["linearized"])
+            target,
+            (activations, weight, bias, inputs["response_input"], inputs["linearized"]),
+            arguments,
         )
     node.replace_all_uses_with(call)
+    graph.erase_node(node)
+
+
+def _geometry(node: fx.Node) -> tuple[str, ...]:
+    """Return the names of the positional arguments of ``F.linear``, ``F.conv*d`` and transposed."""
+    names = ("input", "weight", "bias", "stride", "padding")
+    if "transpose" in str(getattr(node.target, "__name__", "")):
+        return (*names, "output_padding", "groups", "dilation")
+    return (*names, "dilation", "groups")
+
+
+def _watch(
+    graph: fx.Graph,
+    nodes: dict[str, fx.Node],
+    name: str,
+    calls: list[tuple[WeightSite, HyperLayer]],
+    tunables: Tunables,
+    inputs: dict[str, fx.Node],
+) -> None:
+    """Call a function as it is, watched for calls on the weights it receives."""
+    node = nodes[name]
+    function: Any = node.target
+    if node.op == "call_method":
+        function = getattr(Tensor, str(node.target))
+    module = SwappedFunction(function, [(layer, site.transposed) for site, layer in calls])
+    target = f"{PREFIX}.functions.{insert(tunables.functions, name, module)}"
+    weights = tuple(nodes[site.value] for site, _ in calls if site.value is not None)
+    biases = tuple(nodes[site.value_bias] if site.value_bias else None for site, _ in calls)
+    with graph.inserting_before(node):
+        watched = graph.call_module(
+            target,
+            (
+                tuple(node.args),
+                dict(node.kwargs),
+                weights,
+                biases,
+                inputs["response_input"],
+                inputs["linearized"],
+            ),
+        )
+    node.replace_all_uses_with(watched)
     graph.erase_node(node)
 
 
@@ -260,7 +328,7 @@ class _Swaps:
     """What is swapped inside which module, by qualified names."""
 
     model: nn.Module
-    layers: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
+    uses: dict[str, dict[tuple[str, str], WeightUse]] = field(default_factory=dict)
     noises: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
 
     def place(self, graph: fx.Graph, tunables: Tunables, inputs: dict[str, fx.Node]) -> None:
@@ -269,7 +337,7 @@ class _Swaps:
             owner = str(node.target)
             if node.op != "call_module" or owner.startswith(f"{PREFIX}."):
                 continue
-            if owner and owner not in self.layers.keys() | self.noises.keys():
+            if owner and owner not in self.uses.keys() | self.noises.keys():
                 continue
             key = owner.replace(".", "/") or "root"
             if key not in tunables.swapped:
@@ -282,8 +350,18 @@ class _Swaps:
             graph.erase_node(node)
 
     def _swapped(self, owner: str) -> SwappedModule:
-        layers, noises = (
-            {name.removeprefix(f"{owner}.") if owner else name: m for name, m in of.items()}
-            for of in (self.layers.get(owner, {}), self.noises.get(owner, {}))
-        )
-        return SwappedModule(self.model.get_submodule(owner), layers, noises)
+        """Swap what is inside a module, by names relative to it."""
+        module = self.model.get_submodule(owner)
+        names = {id(p): name for name, p in module.named_parameters()}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+
+        def inside(name: str) -> str:
+            return names[id(parameters[name])]
+
+        uses = [
+            WeightUse(inside(weight), None if bias is None else inside(bias), layer)
+            for weight, bias, layer in self.uses.get(owner, {}).values()
+        ]
+        prefix = f"{owner}." if owner else ""
+        noises = {n.removeprefix(prefix): m for n, m in self.noises.get(owner, {}).items()}
+        return SwappedModule(module, uses, noises)

@@ -1,26 +1,39 @@
 """Which rows of a tensor belong to which example of the batch.
 
 Row ``i`` of a perturbed pass uses perturbation ``i``. A model may fold windows, heads or frames
-into its first dimension, batch-major: then each example owns a block of consecutive rows. Where
-no such ownership exists (a table that does not depend on the input), one value serves all rows:
-the mean over the batch, which is an unbiased draw of the same direction.
+into its first dimension, batch-major: then each example owns a block of consecutive rows; or
+time-major: then it owns every n-th row; or it may keep time first and the batch second. Where no
+such ownership exists (a table that does not depend on the input), one value serves all rows: the
+mean over the batch, which is an unbiased draw of the same direction.
 """
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
 
 from torch import Tensor
 
 
 class RowLayout(StrEnum):
-    """How the first dimension of a site's input relates to the batch."""
+    """How a site's input relates to the batch."""
 
     BATCH = "batch"
     """One row, or one block of consecutive rows, for each example."""
 
+    INTERLEAVED = "interleaved"
+    """Row ``i`` belongs to example ``i % batch``: time-major data folded into one dimension."""
+
+    SECOND = "second"
+    """The batch is the second dimension: time-major data."""
+
     SHARED = "shared"
     """Rows belong to no single example: one perturbation for the whole batch."""
+
+    @property
+    def dim(self) -> int:
+        """The dimension that counts rows."""
+        return 1 if self is RowLayout.SECOND else 0
 
 
 def expand_rows(values: Tensor, rows: int, layout: RowLayout) -> Tensor:
@@ -28,19 +41,29 @@ def expand_rows(values: Tensor, rows: int, layout: RowLayout) -> Tensor:
 
     Args:
         values: ``(batch, n)``, one row for each example.
-        rows: Size of the first dimension the result must broadcast against.
-        layout: ``BATCH`` repeats each example's row ``rows / batch`` times; ``SHARED``, or a row
-            count that is no multiple of the batch, takes the mean.
+        rows: Size of the dimension of rows that the result must broadcast against.
+        layout: Whom rows belong to. ``SHARED``, or a row count that is no multiple of the batch,
+            takes the mean.
 
     Returns:
-        ``(rows, n)`` for ``BATCH``, ``(1, n)`` for ``SHARED``.
+        ``(rows, n)``, or ``(1, n)`` if rows are shared.
     """
     batch = values.shape[0]
-    if layout is RowLayout.BATCH and rows == batch:
+    if layout is RowLayout.SHARED or rows % batch:
+        return values.mean(dim=0, keepdim=True)
+    if rows == batch:
         return values
-    if layout is RowLayout.BATCH and rows % batch == 0:
-        return values.repeat_interleave(rows // batch, dim=0)
-    return values.mean(dim=0, keepdim=True)
+    if layout is RowLayout.INTERLEAVED:
+        return values.repeat(rows // batch, 1)
+    return values.repeat_interleave(rows // batch, dim=0)
+
+
+def placed(values: Tensor, dims: int, row: int, unit: int) -> Tensor:
+    """Shape ``(rows, n)`` to broadcast against ``dims`` dimensions, two of which are these."""
+    row, unit = row % dims, unit % dims
+    shape = [1] * dims
+    shape[row], shape[unit] = values.shape
+    return (values if row < unit else values.t()).reshape(shape)
 
 
 def trailing(values: Tensor, dims: int) -> Tensor:
@@ -49,17 +72,31 @@ def trailing(values: Tensor, dims: int) -> Tensor:
 
 
 def first_dimensions(inputs: object) -> list[int]:
-    """Return the first dimension of every tensor in nested ``inputs``, scalars left out."""
+    """Return the first dimension of every tensor in nested ``inputs``, scalars left out.
+
+    A list of dictionaries, as detection models take them, counts its entries.
+    """
     match inputs:
         case Tensor():
             return [inputs.shape[0]] if inputs.ndim else []
         case Mapping():
             children = list(inputs.values())
+        case list() if _by_example(inputs):
+            return [len(inputs)]
         case list() | tuple():
-            children = list(inputs)
+            if any(_by_example(child) for child in inputs):  # then images are a list as well
+                children = [child for child in inputs if _by_example(child)]
+            else:
+                children = list(inputs)
+        case _ if is_dataclass(inputs):
+            children = [getattr(inputs, field.name) for field in fields(inputs)]
         case _:
             return []
     return [size for child in children for size in first_dimensions(child)]
+
+
+def _by_example(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) for v in value)
 
 
 def batch_size(inputs: object) -> int:

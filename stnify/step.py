@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from stnify.errors import ShapeError
 from stnify.linearize import linearized_forward, perturbed_forward
+from stnify.nested import map_tensors
 from stnify.perturb import Perturbation, training_perturbation, validation_perturbation
 from stnify.plan import DecaySite, LossSite
 from stnify.rows import batch_size, first_dimensions
@@ -235,7 +235,7 @@ def to_device(batch: Any, model: TunableModule) -> Any:
     device = model.hyperparameters.unconstrained.device
     if not isinstance(batch, Tensor | tuple | list | dict) and callable(getattr(batch, "to", None)):
         return batch.to(device)
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def first_rows(batch: Any, size: int) -> Any:
@@ -247,7 +247,7 @@ def first_rows(batch: Any, size: int) -> Any:
     def cut(tensor: Tensor) -> Tensor:
         return tensor[:size] if tensor.ndim and tensor.shape[0] == full else tensor
 
-    return tree_map_only(Tensor, cut, batch)
+    return map_tensors(cut, batch)
 
 
 def _examples(batch: Any) -> int:

@@ -1,34 +1,48 @@
 """Rewrite a module from the inside, where its forward cannot be traced.
 
-The module's own code runs, on a *shadow*: a copy of the module objects that shares every
-parameter, buffer and attribute with the originals, but whose layers are stand-ins. The perturbation
-reaches the stand-ins through an ``Ambient`` that is set for the time of the call.
+The module's own code runs. Its weights are recognised in the calls that use them, see ``calls``.
+Noise is swapped in by a *shadow*: a copy of the module objects that shares every parameter, buffer
+and attribute with the originals, in which a stand-in takes the place of what it replaces.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
+import torch.utils.checkpoint as checkpoint_functions
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from stnify.calls import KnownWeight, WeightCalls
+from stnify.layers import HyperLayer
+from stnify.untouched import attributes_restored
+
+
+class WeightUse(NamedTuple):
+    """A weight that responds inside a module, by names relative to it.
+
+    Attributes:
+        weight: Name of the parameter.
+        bias: Name of the bias that responds with it, if there is one.
+        layer: What calls on it go to.
+    """
+
+    weight: str
+    bias: str | None
+    layer: HyperLayer
 
 
 @dataclass
 class Ambient:
-    """The perturbation of the pass that is running.
+    """The hyperparameters of the pass that is running.
 
     Attributes:
-        response_input: ``(batch, h)`` unconstrained, or None.
         constrained: ``(h,)`` or ``(batch, h)``, or None.
-        linearized: Whether activations are dual numbers.
     """
 
-    response_input: Tensor | None = None
     constrained: Tensor | None = None
-    linearized: bool = False
-
-    def set(self, other: "Ambient") -> None:
-        """Become ``other``."""
-        vars(self).update(vars(other))
 
 
 @dataclass(frozen=True)
@@ -36,12 +50,14 @@ class _Run:
     """What a swapped module calls, and the originals its parts are kept equal to."""
 
     ambient: Ambient
+    original: nn.Module
     shadow: nn.Module
     pairs: list[tuple[nn.Module, nn.Module]]
+    uses: tuple[WeightUse, ...]
 
 
-class _StandIn(nn.Module):
-    """Takes a layer's place and answers for its attributes; registers nothing of its own."""
+class NoiseStandIn(nn.Module):
+    """Takes a noise module's place with the ambient hyperparameters; registers nothing."""
 
     def __init__(self, original: nn.Module, added: nn.Module, ambient: Ambient) -> None:
         super().__init__()
@@ -53,57 +69,46 @@ class _StandIn(nn.Module):
             raise AttributeError(name)
         return getattr(original, name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What code that asks for the type of the module is told."""
+        return type(self._original)
 
-class LayerStandIn(_StandIn):
-    """Calls a hyper layer with the original's weight and bias."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _bare_stand_in, (), self.__dict__
 
-    def forward(self, inputs: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """Apply the layer, perturbed as the ambient says; transposed kernels take a size."""
-        if output_size is not None:
-            self._added.convolve.output_size = output_size
-        weight, bias = self._original.weight, getattr(self._original, "bias", None)
-        ambient = self._ambient
-        output = self._added(inputs, weight, bias, ambient.response_input, ambient.linearized)
-        return cast(Tensor, output)
-
-
-class NoiseStandIn(_StandIn):
-    """Calls a noise site with the ambient hyperparameters."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the noise."""
-        return cast(Tensor, self._added(inputs, self._ambient.constrained))
+        return cast(Tensor, self._added(input, self._ambient.constrained))
+
+
+def _bare_stand_in() -> NoiseStandIn:
+    """Return a stand-in without attributes: what pickling fills."""
+    return object.__new__(NoiseStandIn)
 
 
 class SwappedModule(nn.Module):
-    """Runs a module's own forward with stand-ins for some of the modules inside it.
+    """Runs a module's own forward; calls on its weights respond, and noise is swapped in.
 
     Args:
         original: The user's module, which stays as it is.
-        layers: Hyper layers by their name inside ``original``.
+        uses: Weights that respond.
         noises: Noise sites by the name inside ``original`` of what they replace.
     """
 
     def __init__(
-        self,
-        original: nn.Module,
-        layers: Mapping[str, nn.Module],
-        noises: Mapping[str, nn.Module],
+        self, original: nn.Module, uses: Sequence[WeightUse], noises: Mapping[str, nn.Module]
     ) -> None:
         super().__init__()
         ambient = Ambient()
-        stand_ins: dict[str, nn.Module] = {}
-        kinds: tuple[tuple[Mapping[str, nn.Module], Callable[..., nn.Module]], ...] = (
-            (layers, LayerStandIn),
-            (noises, NoiseStandIn),
-        )
-        for added, kind in kinds:
-            for name, module in added.items():
-                stand_ins[name] = kind(original.get_submodule(name), module, ambient)
+        stand_ins: dict[nn.Module, nn.Module] = {}
+        for name, module in noises.items():
+            replaced = original.get_submodule(name)
+            stand_ins[replaced] = NoiseStandIn(replaced, module, ambient)
         pairs: list[tuple[nn.Module, nn.Module]] = []
-        shadow = _shadow(original, stand_ins, "", pairs)
+        shadow = _shadow(original, stand_ins, pairs)
         # Kept out of the registries: the user's own tree holds the parameters already.
-        self.__dict__["_run"] = _Run(ambient, shadow, pairs)
+        self.__dict__["_run"] = _Run(ambient, original, shadow, pairs, tuple(uses))
 
     def forward(
         self,
@@ -115,34 +120,152 @@ class SwappedModule(nn.Module):
     ) -> Any:
         """Call the module with ``args`` and ``kwargs`` under this perturbation."""
         run: _Run = self.__dict__["_run"]
-        before = replace(run.ambient)
-        run.ambient.set(Ambient(response_input, constrained, linearized))
+        before, run.ambient.constrained = run.ambient.constrained, constrained
         for shadow, original in run.pairs:
             _copy_attributes(original, shadow)
         try:
-            return run.shadow(*args, **kwargs)
-        finally:
-            run.ambient.set(before)
+            if response_input is not None:
+                return _perturbed(run, args, kwargs, response_input, linearized)
+            output = run.shadow(*args, **kwargs)
             for shadow, original in run.pairs:
                 _copy_attributes(shadow, original)
+            return output
+        finally:
+            run.ambient.constrained = before
+
+
+class SwappedFunction(nn.Module):
+    """Calls a function; calls in it on weights respond.
+
+    Args:
+        function: Importable, so that it can be pickled.
+        layers: What calls on each of the weights go to, and whether that weight is a transpose.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], layers: Sequence[tuple[HyperLayer, bool]]
+    ) -> None:
+        super().__init__()
+        self.function = function
+        # Kept out of the registries: they are registered under names of their own.
+        self.__dict__["_layers"] = tuple(layers)
+
+    def forward(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        response_input: Tensor | None,
+        linearized: bool,
+    ) -> Any:
+        """Call the function, which receives ``weights`` and ``biases`` among its arguments."""
+        if response_input is None:
+            return self.function(*args, **kwargs)
+        known = [
+            KnownWeight(weight, bias, layer, transposed)
+            for weight, bias, (layer, transposed) in zip(
+                weights, biases, self.__dict__["_layers"], strict=True
+            )
+        ]
+        with WeightCalls(known, response_input, linearized):
+            return self.function(*args, **kwargs)
+
+
+def _known(run: _Run) -> list[KnownWeight]:
+    """Return the tensors the weights are at the moment; perturbed passes replace parameters."""
+    return [
+        KnownWeight(
+            _attribute(run.original, use.weight),
+            None if use.bias is None else _attribute(run.original, use.bias),
+            use.layer,
+        )
+        for use in run.uses
+    ]
+
+
+def _attribute(module: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    return cast(Tensor, getattr(module.get_submodule(path), attribute))
+
+
+def _perturbed(
+    run: _Run,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    response_input: Tensor,
+    linearized: bool,
+) -> Any:
+    """Run the module's code in a perturbed pass, which leaves no trace in its attributes."""
+    calls = WeightCalls(_known(run), response_input, linearized)
+    with attributes_restored(run.original), ExitStack() as stack:
+        for module in run.original.modules():
+            module.__dict__["_backward_hooks"] = OrderedDict()  # they belong to the user's pass
+            module.__dict__["_backward_pre_hooks"] = OrderedDict()
+            if isinstance(module, nn.RNNBase):
+                _prepare_recurrent(module, calls, stack)
+        stack.enter_context(plain_checkpoints())
+        with calls:
+            return run.shadow(*args, **kwargs)
+
+
+def _prepare_recurrent(network: nn.RNNBase, calls: WeightCalls, stack: ExitStack) -> None:
+    """Let a recurrent module use the weights of the pass, and tell of packed batches.
+
+    It keeps a list of its parameters beside the registry, which a perturbed pass replaces.
+    """
+
+    def remember(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        packed = inputs and isinstance(inputs[0], PackedSequence)
+        calls.order = inputs[0].sorted_indices if packed else None
+
+    stack.callback(network.register_forward_pre_hook(remember).remove)
+    names: list[str] = network._flat_weights_names
+    network.__dict__["_flat_weights"] = [getattr(network, name) for name in names]
+
+
+@contextmanager
+def plain_checkpoints() -> Iterator[None]:
+    """Let ``torch.utils.checkpoint`` just call: recomputing would happen outside this pass."""
+    scope = vars(checkpoint_functions)
+    generators = [n for n in scope if n.startswith("_checkpoint_without_reentrant_generator")]
+    plain = {**dict.fromkeys(generators, _plain_checkpoint), "CheckpointFunction": _PlainCheckpoint}
+    before = {name: scope[name] for name in plain}
+    scope.update(plain)
+    try:
+        yield
+    finally:
+        scope.update(before)
+
+
+class _PlainCheckpoint:
+    """Takes the place of the reentrant checkpoint."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """Call the function."""
+        return function(*args)
+
+
+def _plain_checkpoint(*_: Any, **__: Any) -> Iterator[None]:
+    yield
 
 
 def _shadow(
     module: nn.Module,
-    stand_ins: Mapping[str, nn.Module],
-    name: str,
+    stand_ins: dict[nn.Module, nn.Module],
     pairs: list[tuple[nn.Module, nn.Module]],
 ) -> nn.Module:
     """Return ``module`` with stand-ins; modules without any inside are the originals themselves."""
-    if name in stand_ins:
-        return stand_ins[name]
-    prefix = f"{name}." if name else ""
-    if not any(other.startswith(prefix) for other in stand_ins):
+    if module in stand_ins:
+        return stand_ins[module]
+    if not any(child in stand_ins for child in module.modules()):
         return module
     shadow: nn.Module = object.__new__(type(module))
+    stand_ins[module] = shadow  # a module under two names is one shadow
     shadow.__dict__.update(module.__dict__)
     shadow.__dict__["_modules"] = {
-        key: None if child is None else _shadow(child, stand_ins, f"{prefix}{key}", pairs)
+        key: None if child is None else _shadow(child, stand_ins, pairs)
         for key, child in module._modules.items()
     }
     pairs.append((shadow, module))

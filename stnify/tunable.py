@@ -84,7 +84,7 @@ class Use(NamedTuple):
 def insert(modules: nn.ModuleDict, name: str, module: nn.Module) -> str:
     """Put ``module`` into ``modules`` under a free name close to ``name``, and return that name."""
     stem = key = name.replace(".", "/") or "root"
-    while key in modules:
+    while key in modules or hasattr(modules, key):  # such as a layer called "keys"
         key = f"{stem}:{len(modules)}"
     modules[key] = module
     return key

@@ -14,6 +14,7 @@ from stnify.errors import UsageError
 from stnify.flops import count_flops
 from stnify.loaders import EndlessLoader
 from stnify.methods import Cadence, Counters, Method
+from stnify.nested import map_tensors
 from stnify.optimizer import Decays
 from stnify.schedule import History, Record
 from stnify.step import Forward, Objective, StepResult, response_step, validation_step
@@ -81,7 +82,8 @@ class Tuner:
     def observe(self, batch: Any) -> None:
         """Remember a training batch until the next optimizer step; ignored in eval mode."""
         if self.model.training and torch.is_grad_enabled():
-            self.observed.append(batch)
+            # Containers of its own, because loops take things out of theirs.
+            self.observed.append(map_tensors(lambda tensor: tensor, batch))
 
     def before_general_step(self) -> None:
         """Check that the loop made every call it has to.

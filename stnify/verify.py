@@ -1,20 +1,24 @@
 """3b. Prove a conversion on real inputs: same outputs, and which rows belong to which example."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from stnify.errors import TraceError
+from stnify.nested import leaves, map_tensors
 from stnify.rows import RowLayout, batch_size
 from stnify.streams import RandomStream
 from stnify.tunable import TunableModule
+from stnify.untouched import state_restored
 
 PROBES = 5
 """Examples a layout probe runs; the middle one is changed."""
+
+SILENT = ("batch (the site is dead)", "shared (independent of the input)")
+"""Said of a site whose input does not depend on the model's: with a row an example, and without."""
 
 Rows = dict[str, list[Tensor]]
 
@@ -39,9 +43,10 @@ def verify(
         TraceError: In eval mode the graph's output differs from the original's in any bit.
     """
     private = RandomStream(0, model.hyperparameters.unconstrained.device)
-    with model.evaluating(), model.buffers_restored(), private.active():
+    with model.evaluating(), private.active():
         _refuse_difference(model, args, kwargs)
-        return _probe_layouts(model, (args, dict(kwargs)))
+        with model.buffers_restored(), state_restored(model._original):
+            return _probe_layouts(model, (args, dict(kwargs)))
 
 
 def set_layouts(model: TunableModule, words: Mapping[str, str]) -> None:
@@ -58,13 +63,12 @@ def _sites(model: TunableModule) -> dict[str, Any]:
 def _refuse_difference(
     model: TunableModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    expected, expected_form = tree_flatten(model._original(*args, **kwargs))
-    found, found_form = tree_flatten(model._graph(*args, **kwargs))
-    same = expected_form == found_form and all(
-        _identical(a, b) if isinstance(a, Tensor) else a == b
-        for a, b in zip(expected, found, strict=True)
-    )
-    if not same:
+    runs = []
+    for run in (model._original, model._graph):
+        with model.buffers_restored(), state_restored(model._original):
+            runs.append(run(*args, **kwargs))
+    expected, found = (list(leaves(outputs)) for outputs in runs)
+    if len(expected) != len(found) or not all(map(_identical, expected, found)):
         raise TraceError(
             f"the traced graph must compute exactly what {type(model._original).__name__} computes "
             f"in eval mode, but its output differs. The model's control flow depends on its inputs "
@@ -72,8 +76,10 @@ def _refuse_difference(
         )
 
 
-def _identical(one: Tensor, other: Tensor) -> bool:
+def _identical(one: Any, other: Any) -> bool:
     """Whether two tensors have the same numbers, and NaN in the same places."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return type(one) is type(other) and bool(one == other)
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return bool(((one == other) | ((one != one) & (other != other))).all())
@@ -82,56 +88,82 @@ def _identical(one: Tensor, other: Tensor) -> bool:
 def _probe_layouts(
     model: TunableModule, inputs: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> dict[str, str]:
-    base = _few_examples(inputs)
-    if base is None:
+    """Run a few examples, then with one of them changed; if that fails, the batch as it is."""
+    full = batch_size(inputs)
+    if full == 0:
         return {}
-    changed = _with_middle_changed(base)
-    sites = _sites(model)
+    try:
+        return _probe(model, _first_examples(inputs, full), PROBES)
+    except Exception:  # inputs that index into others, such as edges of a graph, cannot be cut
+        with suppress(Exception):
+            return _probe(model, inputs, full)
+    for site in _sites(model).values():
+        site.layout = RowLayout.SHARED
+    return dict.fromkeys(_sites(model), "shared (could not be measured)")
+
+
+def _probe(
+    model: TunableModule, base: tuple[tuple[Any, ...], dict[str, Any]], batch: int
+) -> dict[str, str]:
+    sites, space = _sites(model), model.hyperparameters
+    nowhere = torch.zeros_like(space.unconstrained).expand(batch, -1)
     rows: list[Rows] = []
-    for probe in (base, changed):
+    for args, kwargs in (base, _with_middle_changed(base, batch)):
         with _recorded(sites) as seen:
-            model._graph(*probe[0], **probe[1])
+            # Perturbed by nought, because only perturbed passes take PyTorch's composites apart.
+            model._graph(*args, **kwargs, response_input=nowhere)
         rows.append(seen)
     words = {}
     for name, site in sites.items():
-        found = {_layout(*pair) for pair in zip(rows[0][name], rows[1][name], strict=True)}
-        layout, word = found.pop() if len(found) == 1 else (RowLayout.SHARED, "shared (mixed)")
-        site.layout = layout
-        words[name] = word
+        pairs = zip(rows[0][name], rows[1][name], strict=True)
+        calls = [_layout(*pair, batch, _row_dims(site)) for pair in pairs]
+        site.layout, words[name] = _agreed(calls)
     return words
 
 
-def _few_examples(inputs: Any) -> Any:
+def _row_dims(site: Any) -> tuple[int, ...]:
+    return getattr(site, "row_dims", (0, 1))
+
+
+def _agreed(calls: list[tuple[RowLayout, str]]) -> tuple[RowLayout, str]:
+    """Return the layout of all calls of a site; calls that see no difference agree with any."""
+    if not calls:
+        return RowLayout.SHARED, "shared (never called)"
+    telling = [call for call in calls if call[1] not in SILENT] or calls
+    layout, word = telling[0]
+    if any(other != layout for other, _ in telling):
+        return RowLayout.SHARED, "shared (mixed)"
+    return layout, word if len({word for _, word in telling}) == 1 else str(layout)
+
+
+def _first_examples(inputs: Any, full: int) -> Any:
     """Return inputs of ``PROBES`` examples, repeating the batch if it has fewer."""
-    full = batch_size(inputs)
-    if full == 0:
-        return None
     chosen = torch.arange(PROBES) % full
 
     def pick(tensor: Tensor) -> Tensor:
         batched = tensor.ndim > 0 and tensor.shape[0] == full
         return tensor[chosen.to(tensor.device)] if batched else tensor
 
-    return tree_map_only(Tensor, pick, inputs)
+    return map_tensors(pick, inputs)
 
 
-def _with_middle_changed(inputs: Any) -> Any:
+def _with_middle_changed(inputs: Any, batch: int) -> Any:
     """Change the middle example: new noise for real inputs, shifted entries for integers."""
-    middle = PROBES // 2
+    middle = batch // 2
 
     def change(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 0 or tensor.shape[0] != PROBES:
+        if tensor.ndim == 0 or tensor.shape[0] != batch:
             return tensor
         tensor = tensor.clone()
         if tensor.is_floating_point():
-            spread = tensor.float().std().clamp_min(1e-2).to(tensor.dtype)
+            spread = tensor.float().std(correction=0).clamp_min(1e-2).to(tensor.dtype)
             tensor[middle] += spread * torch.randn_like(tensor[middle])
         elif tensor.dtype is not torch.bool:
             highest = tensor.max()
             tensor[middle] = torch.where(tensor[middle] == highest, 0, highest)
         return tensor
 
-    return tree_map_only(Tensor, change, inputs)
+    return map_tensors(change, inputs)
 
 
 @contextmanager
@@ -150,20 +182,25 @@ def _recorded(sites: Mapping[str, nn.Module]) -> Iterator[Rows]:
             handle.remove()
 
 
-def _layout(before: Tensor, after: Tensor) -> tuple[RowLayout, str]:
+def _layout(
+    before: Tensor, after: Tensor, batch: int, row_dims: tuple[int, ...]
+) -> tuple[RowLayout, str]:
     """Tell from which rows changed, when the middle example did, whom rows belong to."""
-    rows = before.shape[0] if before.ndim else 0
-    if rows == 0 or before.shape != after.shape:
+    if before.numel() == 0 or before.ndim == 0 or before.shape != after.shape:
         return RowLayout.SHARED, "shared (no batch)"
-    different = (before != after).reshape(rows, -1).any(1)
-    if rows % PROBES == 0:
-        block = rows // PROBES
-        middle = torch.zeros_like(different)
-        middle[PROBES // 2 * block : (PROBES // 2 + 1) * block] = True
-        if different.any() and not (different & ~middle).any():
+    different = before != after
+    size = before.shape[0]
+    if not different.any():
+        return (RowLayout.BATCH, SILENT[0]) if size == batch else (RowLayout.SHARED, SILENT[1])
+    rows = different.reshape(size, -1).any(1).nonzero().flatten()
+    block, middle = size // batch, batch // 2
+    if size % batch == 0:
+        if bool((rows // block == middle).all()):
             return RowLayout.BATCH, "batch" if block == 1 else f"batch x {block}"
-        if rows == PROBES and not different.any():
-            return RowLayout.BATCH, "batch (the site is dead)"
-    if different.any():
-        return RowLayout.SHARED, "shared (rows mix examples)"
-    return RowLayout.SHARED, "shared (independent of the input)"
+        if bool((rows % batch == middle).all()):
+            return RowLayout.INTERLEAVED, f"interleaved x {block}"
+    if 1 in row_dims and before.ndim > 1 and before.shape[1] == batch:
+        columns = different.movedim(1, 0).reshape(batch, -1).any(1).nonzero().flatten()
+        if bool((columns == middle).all()):
+            return RowLayout.SECOND, "second dimension"
+    return RowLayout.SHARED, "shared (rows mix examples)"

@@ -15,8 +15,8 @@ from torch.func import functional_call
 import stnify
 from stnify import Hyperparameter
 from stnify.layers import (
-    HYPER_FUNCTIONS,
     HYPER_MODULES,
+    HYPER_OPERATORS,
     BiasResponse,
     HyperLayer,
     WeightResponse,
@@ -32,16 +32,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 HYPERPARAMETERS = 3
 
-FUNCTIONS = {
-    nn.Linear: F.linear,
-    nn.Conv1d: F.conv1d,
-    nn.Conv2d: F.conv2d,
-    nn.Conv3d: F.conv3d,
-    nn.ConvTranspose1d: F.conv_transpose1d,
-    nn.ConvTranspose2d: F.conv_transpose2d,
-    nn.ConvTranspose3d: F.conv_transpose3d,
-}
-"""What a module calls, if its parameters may also be given to that function directly."""
+KINDS = [kind for kind in HYPER_MODULES if kind.__name__ in HYPER_OPERATORS]
+"""Modules whose operator, called directly, has a layer of its own."""
 
 
 @dataclass
@@ -68,9 +60,11 @@ class Case:
 
     def responses(self, gates: float) -> tuple[WeightResponse | None, BiasResponse | None]:
         weight, bias = self.module.weight, getattr(self.module, "bias", None)
-        row = HYPER_MODULES[type(self.module)]
-        units = row.units(weight, getattr(self.module, "groups", 1))
-        of_weight = WeightResponse(weight, HYPERPARAMETERS, row.axis, self.kind, units)
+        axis = int("Transpose" in type(self.module).__name__ or type(self.module) is nn.Embedding)
+        units = weight.shape[axis]
+        if "Transpose" in type(self.module).__name__:
+            units *= self.module.groups
+        of_weight = WeightResponse(weight, HYPERPARAMETERS, axis, self.kind, units)
         of_bias = None
         if bias is not None and self.bias_responds:
             of_bias = BiasResponse(bias, HYPERPARAMETERS, fan_in_bound(weight), self.kind)
@@ -79,17 +73,23 @@ class Case:
         return of_weight if self.weight_responds or of_bias is None else None, of_bias
 
     def layer(self, gates: float = 1.0) -> HyperLayer:
+        kind = type(self.module)
         if not self.function:
-            row, original = HYPER_MODULES[type(self.module)], self.module
-            return row.build(original, self.responses(gates), self.arguments)
-        function = FUNCTIONS[type(self.module)]
+            return HYPER_MODULES[kind](self.module, self.responses(gates))
+        return HYPER_OPERATORS[kind.__name__](*self.responses(gates))
+
+    def geometry(self) -> dict[str, Any]:
+        """What the call brings: everything, if the layer is that of the function."""
+        if not self.function:
+            return self.arguments
+        if type(self.module) is nn.Embedding:
+            return {"padding_idx": self.module.padding_idx}
         names = (
             () if type(self.module) is nn.Linear else ("stride", "padding", "dilation", "groups")
         )
         if "Transpose" in type(self.module).__name__:
             names += ("output_padding",)
-        arguments = {name: getattr(self.module, name) for name in names}
-        return HYPER_FUNCTIONS[function].build(function, self.responses(gates), arguments)
+        return {name: getattr(self.module, name) for name in names}
 
     def original(self, inputs: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         return functional_call(self.module, weights or {}, (inputs,), self.arguments).detach()
@@ -103,7 +103,7 @@ def run(
 ) -> Tensor:
     inputs = case.inputs if inputs is None else inputs
     weight, bias = case.module.weight, getattr(case.module, "bias", None)
-    return layer(inputs, weight, bias, response_input, linearized)
+    return layer(inputs, weight, bias, response_input, linearized, **case.geometry())
 
 
 # The slow way -------------------------------------------------------------------------------------
@@ -223,6 +223,7 @@ def embedding(draw, kind):
 
 STRATEGIES = {
     nn.Linear: linear,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: linear,
     nn.Conv1d: convolution,
     nn.Conv2d: convolution,
     nn.Conv3d: convolution,
@@ -244,7 +245,7 @@ def cases(draw, kind):
         inputs.view(-1)[0] = 1  # not the padding, which never changes
     else:
         inputs = torch.randn(batch, *shape, dtype=torch.float64)
-    direct = kind in FUNCTIONS and not arguments
+    direct = kind in KINDS and not arguments
     direct = direct and getattr(module, "padding_mode", "zeros") == "zeros"
     return Case(
         module,
@@ -268,7 +269,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 def test_every_row_of_the_tables_is_drawn():
     assert STRATEGIES.keys() == HYPER_MODULES.keys()
-    assert set(FUNCTIONS.values()) == HYPER_FUNCTIONS.keys()
+    assert {kind.__name__ for kind in KINDS} == HYPER_OPERATORS.keys() - {"Product"}
 
 
 # Properties of every layer ------------------------------------------------------------------------

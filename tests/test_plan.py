@@ -1,6 +1,7 @@
 """Plans: what is found, what is refused and why, where noise goes, whose rows are whose."""
 
 import copy
+import operator
 import pickle
 import sys
 
@@ -14,7 +15,8 @@ from zoo import ZOO, images
 from stnify import DeclarationError, Dropout, UsageError, WeightDecay, stnify
 from stnify.patterns import matches
 from stnify.planning import make_plan
-from stnify.planning.weights import WEIGHT_FUNCTIONS, WEIGHT_MODULES
+from stnify.planning.functions import COMPOSITE_FUNCTIONS, DIRECT_FUNCTIONS
+from stnify.planning.modules import MODULE_WEIGHTS, WEIGHT_MODULES, own_weights
 from stnify.trace import trace
 
 DECAY = WeightDecay()
@@ -55,10 +57,20 @@ def test_globs_stay_within_a_dotted_part_unless_doubled(pattern, name, fits):
 
 
 def test_tables_of_planning_and_layers_agree():
-    from stnify.layers import HYPER_FUNCTIONS, HYPER_MODULES
+    from stnify.calls import WEIGHT_CALLS
+    from stnify.layers import HYPER_MODULES, HYPER_OPERATORS
+    from stnify.products import MULTIPLICATIONS
 
     assert set(WEIGHT_MODULES) == set(HYPER_MODULES)
-    assert set(WEIGHT_FUNCTIONS) == set(HYPER_FUNCTIONS)
+    assert set(WEIGHT_MODULES) < set(MODULE_WEIGHTS)
+    functions = {*DIRECT_FUNCTIONS, *COMPOSITE_FUNCTIONS, *MULTIPLICATIONS}
+    assert functions - {operator.matmul} <= set(WEIGHT_CALLS)
+    composites = {
+        kind for _, weights in COMPOSITE_FUNCTIONS.values() for kind, _ in weights.values()
+    }
+    kinds = {*WEIGHT_MODULES.values(), *DIRECT_FUNCTIONS.values(), *composites}
+    assert kinds == set(HYPER_OPERATORS)
+    assert own_weights(nn.GRUCell(2, 3, bias=False))[1] == ("Linear", "weight_hh", None)
 
 
 def test_a_resnet_has_a_site_for_each_convolution_and_its_head():
@@ -110,28 +122,43 @@ def test_refusals_carry_names_and_reasons():
     model = nn.Sequential()
     model.good = nn.Linear(4, 4)
     model.frozen = nn.Linear(4, 4).requires_grad_(False)
-    model.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-    model.hooked = nn.Linear(4, 4)
-    model.hooked.register_forward_hook(lambda module, inputs, output: output)
-    model.bilinear = Squared()
+    model.sparse = Sparse()
+    model.complex = nn.Linear(4, 4, dtype=torch.complex64)
     model.left = nn.Linear(4, 2)
     plan = plan_of(model, exclude="left")
     assert {site.name for site in plan.weights} == {"good"}
     found = reasons(plan)
     assert found["frozen"] == "frozen (requires_grad=False)"
-    assert found["hooked"] == "has forward hooks, which a hyper layer would bypass"
-    assert found["bilinear.inner.weight"] == "is not the weight of a known layer"
+    assert found["complex"] == "has complex weights"
+    assert found["sparse.table"] == "is an embedding with sparse gradients or max_norm"
+    assert found["sparse.mixing"] == "is not the weight of a known layer"
     assert found["left"] == "excluded by `exclude=`"
-    assert any(name.startswith("normed") for name in found)
 
 
-class Squared(nn.Module):
+class Sparse(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inner = nn.Bilinear(4, 4, 4)
+        self.table = nn.Embedding(4, 4, sparse=True)
+        self.mixing = nn.Parameter(torch.eye(4))
 
     def forward(self, inputs):
-        return self.inner(inputs, inputs)
+        return inputs + self.table(inputs.long().clamp(0, 3))[:, 0] * self.mixing[0]
+
+
+def test_hooks_and_parametrisations_are_traced_through():
+    model = nn.Sequential()
+    model.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    model.hooked = nn.Linear(4, 4)
+    model.hooked.register_forward_hook(lambda module, inputs, output: output.tanh())
+    stn = stnify(model.eval(), [DECAY], example_inputs=torch.randn(3, 4))
+    sites = {site.label: (site.way, site.computed) for site in stn.plan.weights}
+    assert sites == {
+        "normed.parametrizations.weight.original1": ("function", (4, 4)),
+        "hooked": ("function", None),
+    }
+    batch = torch.randn(3, 4)
+    assert torch.equal(stn.model._graph(batch), model(batch))
+    assert stn.model._graph(batch).abs().max() < 1
 
 
 def test_excluding_a_module_excludes_what_is_inside():
@@ -258,12 +285,14 @@ def test_a_model_that_cannot_be_traced_at_all_is_swapped_and_trains():
         stnify(model, [Dropout(at="input")])
 
 
-def test_pytorchs_own_composites_are_refused_rather_than_swapped():
-    """They read their layers' weights directly, so that a stand-in would be passed by."""
+def test_pytorchs_own_composites_are_watched_from_the_inside():
     model = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
     plan = plan_of(model)
-    assert {site.name for site in plan.weights} == {"0"}
-    assert reasons(plan)["1.linear1.weight"] == "is not the weight of a known layer"
+    inside = {site.label for site in plan.weights if site.inside == "1"}
+    attention = {"1.self_attn.in_proj_weight", "1.self_attn.out_proj"}
+    assert inside == {*attention, "1.linear1", "1.linear2"}
+    assert {site.label for site in plan.weights} - inside == {"0"}
+    assert reasons(plan) == {}
 
 
 def crop_to_even(images):
@@ -463,7 +492,7 @@ def test_computed_kernels_cannot_be_folded():
 
 def test_a_weight_computed_from_the_input_is_refused():
     plan = plan_of(nn.Sequential(nn.Linear(4, 4), Routed()))
-    assert reasons(plan)["1"] == "calls F.linear with a weight computed from its input"
+    assert reasons(plan) == {"1.experts": "is not the weight of a known layer"}
 
 
 def test_standardised_convolutions_of_timm_are_covered():
@@ -598,7 +627,7 @@ def test_rows_are_measured_on_example_inputs():
         "inner": "batch x 2",
         "table": "shared (independent of the input)",
     }
-    assert layouts(TimeMajor(), torch.randn(3, 5, 3)) == {"inner": "shared (rows mix examples)"}
+    assert layouts(TimeMajor(), torch.randn(3, 5, 3)) == {"inner": "second dimension"}
     assert layouts(nn.Sequential(nn.Linear(3, 2)), torch.randn(1, 3)) == {"0": "batch"}
 
 

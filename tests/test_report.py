@@ -213,7 +213,7 @@ def test_json_says_everything_the_plan_does():
     assert not frozen.weight.requires_grad
 
 
-def test_json_of_unknown_costs_and_odd_arguments():
+def test_json_of_unknown_costs():
     model = nn.Sequential(Branching(), convolutional())
     found = json.loads(stnify(model, [DECAY]).plan.to_json())
     assert found["counts"]["flops"] is None
@@ -221,8 +221,8 @@ def test_json_of_unknown_costs_and_odd_arguments():
     assert "cannot be traced through" in found["opaque"]["0"]
     assert [entry["inside"] for entry in found["weights"]] == ["0", None, None]
     function = json.loads(stnify(ZOO["functional"](), [DECAY]).plan.to_json())
-    geometry = {entry["weight"]: entry["arguments"] for entry in function["weights"]}
-    assert geometry["fourier.weight"]["padding"] == "same"
+    units = {entry["weight"]: entry["units"] for entry in function["weights"]}
+    assert units == {"kernel": 4, "fourier.weight": 6, "weight": 5}
 
 
 class Branching(nn.Module):

@@ -1,6 +1,7 @@
 """The abstract hyper layer: an operator whose weights respond to the hyperparameters."""
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
@@ -25,7 +26,10 @@ class HyperLayer(nn.Module, ABC):
 
     Attributes:
         layout: Which rows of the input belong to which example.
+        row_dims: Dimensions of the input that may count rows.
     """
+
+    row_dims: ClassVar[tuple[int, ...]] = (0, 1)
 
     def __init__(
         self, weight_response: WeightResponse | None, bias_response: BiasResponse | None
@@ -36,7 +40,9 @@ class HyperLayer(nn.Module, ABC):
         self.layout = RowLayout.BATCH
 
     @abstractmethod
-    def operate(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def operate(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, **arguments: Any
+    ) -> Tensor:
         """Compute what the original layer computes."""
 
     @abstractmethod
@@ -54,6 +60,7 @@ class HyperLayer(nn.Module, ABC):
         bias: Tensor | None,
         response_input: Tensor | None,
         linearized: bool,
+        **arguments: Any,
     ) -> Tensor:
         """Apply the layer.
 
@@ -64,17 +71,17 @@ class HyperLayer(nn.Module, ABC):
             response_input: ``(batch, h)`` unconstrained, or None for the plain operator.
             linearized: Return a dual tensor: the plain output, and as its tangent the first-order
                 effect of the response ([DeltaSTN] Eq. 3.13), three evaluations in all.
+            arguments: Geometry of the call, where it is not the layer's own.
         """
         if response_input is None:
-            return self.operate(inputs, weight, bias)
+            return self.operate(inputs, weight, bias, **arguments)
+        primal, tangent = forward_ad.unpack_dual(inputs) if linearized else (inputs, None)
+        outputs = self.operate(primal, weight, bias, **arguments)
+        change = self.change(primal, weight, bias, response_input, outputs, **arguments)
         if not linearized:
-            outputs = self.operate(inputs, weight, bias)
-            return outputs + self.change(inputs, weight, bias, response_input, outputs)
-        inputs, tangent = forward_ad.unpack_dual(inputs)
-        outputs = self.operate(inputs, weight, bias)
-        change = self.change(inputs, weight, bias, response_input, outputs)
+            return outputs + change
         if tangent is not None:
-            change = change + self.operate(tangent, weight, None)
+            change = change + self.operate(tangent, weight, None, **arguments)
         return forward_ad.make_dual(outputs, change)
 
     def change(
@@ -84,11 +91,12 @@ class HyperLayer(nn.Module, ABC):
         bias: Tensor | None,
         response_input: Tensor,
         outputs: Tensor,
+        **arguments: Any,
     ) -> Tensor:
         """Return what the response adds to ``outputs``, in their shape and dtype."""
         change = None
         if self.weight_response is not None:
-            change = self.weight_change(inputs, weight, bias, response_input, outputs)
+            change = self.weight_change(inputs, weight, bias, response_input, outputs, **arguments)
         if self.bias_response is not None and bias is not None:
             shift = self.bias_response(bias, response_input)
             shift = self.broadcast(self.rows(shift, inputs), outputs)
@@ -103,6 +111,7 @@ class HyperLayer(nn.Module, ABC):
         bias: Tensor | None,
         response_input: Tensor,
         outputs: Tensor,
+        **arguments: Any,
     ) -> Tensor:
         r"""Return :math:`(U\delta) \odot (W_{response} x)`.
 
@@ -111,7 +120,7 @@ class HyperLayer(nn.Module, ABC):
         assert self.weight_response is not None
         gates = self.rows(self.weight_response.gates(response_input), inputs)
         if self.weight_response.response is not None:
-            product = self.operate(inputs, self.weight_response.response, None)
+            product = self.operate(inputs, self.weight_response.response, None, **arguments)
         elif bias is None:
             product = outputs
         else:
@@ -122,4 +131,4 @@ class HyperLayer(nn.Module, ABC):
         """Give each row of ``inputs`` its example's values; one example gets the batch's mean."""
         if self.is_single(inputs):
             return values.mean(0, keepdim=True)
-        return expand_rows(values, inputs.shape[0], self.layout)
+        return expand_rows(values, inputs.shape[self.layout.dim], self.layout)

@@ -1,7 +1,7 @@
 """Convolutions, ordinary and transposed, with a response for each output channel."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,26 +21,30 @@ class HyperConv(HyperLayer):
     Args:
         weight_response: Response of the kernels, gated by output channel.
         bias_response: Response of the bias.
-        convolve: ``(inputs, weight, bias) -> outputs``, the original convolution.
+        convolve: ``(inputs, weight, bias, **geometry) -> outputs``, the original convolution.
         spatial_dims: 1, 2 or 3.
 
     Shapes: inputs ``(batch, channels, *space)`` or ``(channels, *space)``. Source: [DeltaSTN] E.1.
     """
 
+    row_dims: ClassVar[tuple[int, ...]] = (0,)
+
     def __init__(
         self,
         weight_response: WeightResponse | None,
         bias_response: BiasResponse | None,
-        convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        convolve: Callable[..., Tensor],
         spatial_dims: int,
     ) -> None:
         super().__init__(weight_response, bias_response)
         self.convolve = convolve
         self.spatial_dims = spatial_dims
 
-    def operate(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def operate(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, **arguments: Any
+    ) -> Tensor:
         """Convolve."""
-        return self.convolve(inputs, weight, bias)
+        return self.convolve(inputs, weight, bias, **arguments)
 
     def broadcast(self, units: Tensor, outputs: Tensor) -> Tensor:
         """Spread channels over space."""
@@ -76,42 +80,35 @@ class Convolution:
 
 @final
 class TransposedConvolution:
-    """What an ``nn.ConvTranspose*d`` computes, with the weight and bias as arguments.
+    """What an ``nn.ConvTranspose*d`` computes, with the weight and bias as arguments."""
 
-    Args:
-        module: The original.
-        output_size: Spatial size asked for in the call, or None.
-    """
-
-    def __init__(self, module: ConvTransposeModule, output_size: Sequence[int] | None) -> None:
+    def __init__(self, module: ConvTransposeModule) -> None:
         self.function = getattr(F, f"conv_transpose{len(module.kernel_size)}d")
         self.kernel_size = module.kernel_size
         self.stride, self.padding = module.stride, module.padding
         self.dilation, self.groups = module.dilation, module.groups
         self.output_padding = module.output_padding
-        self.output_size = output_size
 
-    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the transposed convolution of ``inputs``."""
-        return self.function(
-            inputs,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self._output_padding(inputs),
-            self.groups,
-            self.dilation,
-        )
+    def __call__(
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_size: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Return the transposed convolution of ``inputs``, of this spatial size if one is given."""
+        padding = self._output_padding(inputs, output_size)
+        arguments = (self.stride, self.padding, padding, self.groups, self.dilation)
+        return self.function(inputs, weight, bias, *arguments)
 
-    def _output_padding(self, inputs: Tensor) -> Sequence[int]:
-        if self.output_size is None:
+    def _output_padding(self, inputs: Tensor, output_size: Sequence[int] | None) -> Sequence[int]:
+        if output_size is None:
             return self.output_padding
         dims = len(self.kernel_size)
         return [
             wanted - ((size - 1) * stride - 2 * int(pad) + dilation * (kernel - 1) + 1)
             for wanted, size, stride, pad, dilation, kernel in zip(
-                self.output_size[-dims:],
+                output_size[-dims:],
                 inputs.shape[-dims:],
                 self.stride,
                 self.padding,

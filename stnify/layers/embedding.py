@@ -1,8 +1,8 @@
 """Embeddings with a response."""
 
-from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from stnify.layers.base import HyperLayer
@@ -19,28 +19,28 @@ class HyperEmbedding(HyperLayer):
 
     Args:
         weight_response: Response of the table.
-        embed: ``(indices, weight) -> vectors``, the original lookup.
+        options: Other arguments of ``F.embedding``, unless the call brings them.
 
     Shapes: inputs ``(batch, ...)`` integers; outputs ``(batch, ..., width)``. Source: [STN] D.
     """
 
-    def __init__(
-        self, weight_response: WeightResponse, embed: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
+    def __init__(self, weight_response: WeightResponse | None, **options: Any) -> None:
         super().__init__(weight_response, None)
-        self.embed = embed
+        self.options = options
 
-    def operate(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def operate(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, **arguments: Any
+    ) -> Tensor:
         """Look the indices up."""
-        return self.embed(inputs, weight)
+        return F.embedding(inputs, weight, **{**self.options, **arguments})
 
     def broadcast(self, units: Tensor, outputs: Tensor) -> Tensor:
-        """Put the embedding width last and rows first."""
-        return by_last(units, outputs)
+        """Put the embedding width last and rows where the batch is."""
+        return by_last(units, outputs, self.layout.dim)
 
     def is_single(self, inputs: Tensor) -> bool:
         """A single index is one example."""
-        return inputs.ndim == 0
+        return inputs.ndim <= self.layout.dim
 
     def weight_change(
         self,
@@ -49,12 +49,21 @@ class HyperEmbedding(HyperLayer):
         bias: Tensor | None,
         response_input: Tensor,
         outputs: Tensor,
+        **arguments: Any,
     ) -> Tensor:
         """Gate the vectors, or the entries where the tied weight is gated along its rows."""
         response = self.weight_response
         if response is None or response.axis == 1:
-            return super().weight_change(inputs, weight, bias, response_input, outputs)
+            return super().weight_change(inputs, weight, bias, response_input, outputs, **arguments)
         gates = self.rows(response.gates(response_input), inputs)
-        flat = inputs.reshape(gates.shape[0], -1) if gates.shape[0] > 1 else inputs.reshape(1, -1)
-        chosen = gates.gather(1, flat).reshape(*inputs.shape, 1)
-        return chosen.to(outputs.dtype) * self.embed(inputs, response.weight(weight))
+        return self._chosen(gates, inputs).to(outputs.dtype) * self.operate(
+            inputs, response.weight(weight), None, **arguments
+        )
+
+    def _chosen(self, gates: Tensor, inputs: Tensor) -> Tensor:
+        """Return the gate of every looked-up entry, ``(*inputs.shape, 1)``."""
+        if gates.shape[0] == 1:
+            return gates[0][inputs][..., None]
+        by_row = inputs.movedim(self.layout.dim, 0)
+        chosen = gates.gather(1, by_row.reshape(len(gates), -1)).reshape(by_row.shape)
+        return chosen.movedim(0, self.layout.dim)[..., None]

@@ -1,11 +1,12 @@
 """Linear layers with a response."""
 
-from typing import final
+from typing import Any, final
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from stnify.layers.base import HyperLayer
+from stnify.rows import placed
 
 
 @final
@@ -18,17 +19,19 @@ class HyperLinear(HyperLayer):
     Shapes: inputs ``(batch, ..., in)`` or ``(in,)``; outputs ``(batch, ..., out)`` or ``(out,)``.
     """
 
-    def operate(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def operate(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, **arguments: Any
+    ) -> Tensor:
         """Return ``inputs @ weight.T + bias``."""
         return F.linear(inputs, weight, bias)
 
     def broadcast(self, units: Tensor, outputs: Tensor) -> Tensor:
-        """Put units last and rows first, with singletons between."""
-        return by_last(units, outputs)
+        """Put units last and rows where the batch is, with singletons between."""
+        return by_last(units, outputs, self.layout.dim)
 
     def is_single(self, inputs: Tensor) -> bool:
         """A vector is one example."""
-        return inputs.ndim == 1
+        return inputs.ndim <= self.layout.dim + 1
 
     def weight_change(
         self,
@@ -37,17 +40,22 @@ class HyperLinear(HyperLayer):
         bias: Tensor | None,
         response_input: Tensor,
         outputs: Tensor,
+        **arguments: Any,
     ) -> Tensor:
         """Gate the outputs, or the inputs where the tied weight is gated along its columns."""
         response = self.weight_response
         if response is None or response.axis == 0:
             return super().weight_change(inputs, weight, bias, response_input, outputs)
-        gates = by_last(self.rows(response.gates(response_input), inputs), inputs)
-        return F.linear(gates.to(inputs.dtype) * inputs, response.weight(weight))
+        gates = self.rows(response.gates(response_input), inputs)
+        gated = by_last(gates, inputs, self.layout.dim).to(inputs.dtype) * inputs
+        return F.linear(gated, response.weight(weight))
 
 
-def by_last(units: Tensor, like: Tensor) -> Tensor:
-    """Shape ``(rows, n)`` as ``(rows, 1, ..., 1, n)`` to meet ``like``; ``(n,)`` meets a vector."""
-    if like.ndim == 1:
+def by_last(units: Tensor, like: Tensor, row: int) -> Tensor:
+    """Shape ``(rows, n)`` to meet ``like``, whose rows are dimension ``row`` and units the last.
+
+    A single example's ``(1, n)`` meets one without a dimension of rows.
+    """
+    if like.ndim <= row + 1:
         return units[0]
-    return units.reshape(units.shape[0], *([1] * (like.ndim - 2)), units.shape[1])
+    return placed(units, like.ndim, row, -1)

@@ -38,11 +38,16 @@ class WeightResponse(nn.Module):
         self.axis = axis
         units = weight.shape[axis] if units is None else units
         self.gate = nn.Parameter(weight.new_zeros(units, hyperparameters))
-        self.response = nn.Parameter(_fresh_weight(weight)) if kind == "full" else None
+        self.response = nn.Parameter(_fresh_weight(weight, axis)) if kind == "full" else None
 
     def weight(self, general: Tensor) -> Tensor:
         """Return the matrix that is gated: ``W_response``, or the general weight itself."""
         return general if self.response is None else self.response
+
+    def silence(self, entry: int) -> None:
+        """Keep one entry of a table, such as the padding vector, from responding."""
+        if self.response is not None:
+            self.response.data[entry].zero_()
 
     def gates(self, response_input: Tensor) -> Tensor:
         """Return ``U delta``, ``(batch, n)``, for ``response_input`` of shape ``(batch, h)``."""
@@ -142,8 +147,11 @@ def fan_in_bound(weight: Tensor) -> float:
     return 1.0 / max(fan_in, 1) ** 0.5
 
 
-def _fresh_weight(weight: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(torch.empty_like(weight), a=5**0.5)
+def _fresh_weight(weight: Tensor, axis: int) -> Tensor:
+    fresh = torch.empty_like(weight)
+    by_unit = fresh if axis <= 1 else fresh.movedim(axis, 0)
+    nn.init.kaiming_uniform_(by_unit, a=5**0.5)
+    return fresh
 
 
 def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
@@ -160,8 +168,8 @@ def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
 
 def _by_unit(weight: Tensor, axis: int, units: int) -> Tensor:
     """Arrange a weight as ``(units, everything else)``, ``units`` along ``axis``."""
-    if axis == 0:
-        return weight.reshape(units, -1)
+    if units == weight.shape[axis]:
+        return weight.movedim(axis, 0).reshape(units, -1)
     groups = units // weight.shape[1]
     split = weight.reshape(groups, -1, weight.shape[1], *weight.shape[2:])
     return split.transpose(1, 2).reshape(units, -1)

@@ -9,8 +9,9 @@ from stnify.declare import Decay, Declaration, LossTerm, Pattern, Site, refuse_d
 from stnify.errors import DeclarationError, UnsupportedModuleError
 from stnify.plan import DecaySite, LossSite, NoiseSite, Plan, ResponseKind
 from stnify.planning.decay import decay_sites
+from stnify.planning.modules import WEIGHT_MODULES
 from stnify.planning.noise import noise_sites
-from stnify.planning.weights import WEIGHT_MODULES, count_responses, weight_sites
+from stnify.planning.weights import count_responses, weight_sites
 from stnify.space import Column
 from stnify.trace import Traced
 

@@ -1,5 +1,6 @@
 """Weights that a model computes from its parameters, such as a standardised kernel."""
 
+import copy
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ def parameters_behind(model: nn.Module, value: object) -> dict[str, nn.Parameter
         seen.add(node)
         if node.op == "placeholder":
             return None
+        if node.op == "call_module":
+            module = model.get_submodule(str(node.target))
+            found.update(module.named_parameters(prefix=str(node.target)))
         if node.op == "get_attr":
             attribute = _attribute(model, str(node.target))
             if isinstance(attribute, nn.Parameter):
@@ -49,8 +53,9 @@ def evaluate(model: nn.Module, value: fx.Node, constants: dict[str, Tensor]) -> 
         args, kwargs = map_arg(node.args, run), map_arg(node.kwargs, run)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
-        function = model.get_submodule(target) if node.op == "call_module" else node.target
-        assert callable(function)
+        function: Any = node.target
+        if node.op == "call_module":  # a copy, because a spectral norm updates its buffers
+            function = copy.deepcopy(model.get_submodule(target))
         return function(*args, **kwargs)
 
     return run(value)

@@ -5,7 +5,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from stnify.rows import RowLayout, expand_rows, trailing
+from stnify.rows import RowLayout, expand_rows, placed
 
 Granularity = Literal["element", "channel"]
 
@@ -49,8 +49,9 @@ class TunedDropout(nn.Module):
             return inputs
         rate = constrained[..., self.column]
         if rate.ndim:
-            rate = expand_rows(rate[:, None], inputs.shape[0], self.layout)
-            rate = trailing(rate[:, 0], inputs.ndim)
+            row = min(self.layout.dim, inputs.ndim - 1)
+            rate = expand_rows(rate[:, None], inputs.shape[row], self.layout)
+            rate = placed(rate, inputs.ndim, row, row - 1) if inputs.ndim > 1 else rate[:, 0]
         keep = (1 - rate).to(inputs.dtype)
         mask = torch.rand(self._mask_shape(inputs), device=inputs.device) < keep
         return inputs * (mask / keep)

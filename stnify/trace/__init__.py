@@ -14,15 +14,18 @@ from torch import Tensor, fx, nn
 from stnify.patterns import require_each
 from stnify.trace.functions import TracedFunctions
 from stnify.trace.tracer import (
+    EagerUse,
     ModuleOutput,
     SiteTracer,
     Traced,
     caller,
+    hooked,
     random_states,
+    refuse_changes,
     refuse_draws,
     swappable,
 )
-from stnify.trace.untouched import state_restored
+from stnify.untouched import state_restored
 
 __all__ = ["ModuleOutput", "Traced", "caller", "swappable", "trace"]
 
@@ -54,9 +57,15 @@ def _trace_in_mode(
         draws = random_states()
         while True:
             tracer = SiteTracer(leaves, functions)
+            if hooked(model) or type(model).__call__ is not nn.Module.__call__:
+                graph = _one_leaf(tracer, "calling it does more than its forward")
+                break
+            attributes = dict(model.__dict__)
             try:
-                graph = tracer.trace(model)
+                with EagerUse():
+                    graph = tracer.trace(model)
                 refuse_draws(draws)
+                refuse_changes(model, attributes)
                 break
             except Exception as error:
                 if not functions.leave_whole(error):

@@ -2,14 +2,17 @@
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
 
 from stnify.trace.functions import TracedFunctions
 
@@ -72,8 +75,38 @@ def refuse_draws(before: tuple[Any, ...]) -> None:
         raise RuntimeError("it draws random numbers that do not depend on its inputs")
 
 
+def refuse_changes(module: nn.Module, before: dict[str, Any]) -> None:
+    """Raise if a module's own attributes have changed: a graph would not change them again."""
+    for name, value in module.__dict__.items():
+        if name not in before or before[name] is not value:
+            raise RuntimeError(f"it changes its attribute {name!r}")
+
+
+class EagerUse(TorchFunctionMode):
+    """Raises if code computes with parameters while it is traced, past the tracer.
+
+    It does so if it gets them from ``self.parameters()``, say: the result would be a constant.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func`` and look at what it got and what it returned."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and any(isinstance(a, nn.Parameter) for a in args):
+            raise RuntimeError("it computes with parameters that it does not name as attributes")
+        return result
+
+
 class SiteTracer(fx.Tracer):
     """Traces down to leaves and remembers what each module returned.
+
+    What code does to buffers is traced; a module that does more than compute with its inputs,
+    parameters and buffers, for example counts its calls in an attribute, becomes a leaf.
 
     Args:
         leaves: Qualified names not to trace through.
@@ -87,6 +120,21 @@ class SiteTracer(fx.Tracer):
         self.outputs: dict[str, list[ModuleOutput]] = {}
         self.opaque: dict[str, str] = {}
         self.fixed: dict[str, Any] = {}
+        self.proxy_buffer_attributes = True
+        self._contexts = _contexts()
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """Record an operation; not under ``no_grad`` or ``autocast``, which would be lost."""
+        if kind.startswith("call_") and _contexts() != self._contexts:
+            raise RuntimeError("it computes under no_grad or autocast, which a graph cannot hold")
+        return super().create_proxy(kind, target, *args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """Keep ordered dictionaries what they are; a graph would return plain ones."""
+        if type(a) is OrderedDict:
+            pairs = tuple((key, self.create_arg(value)) for key, value in a.items())
+            return self.create_node("call_function", OrderedDict, (pairs,), {})
+        return super().create_arg(a)
 
     def create_args_for_root(
         self,
@@ -108,6 +156,10 @@ class SiteTracer(fx.Tracer):
             return True
         if isinstance(m, (*NORMALIZATIONS, *DROPOUTS)):
             return True
+        if m._backward_hooks or m._backward_pre_hooks:
+            return True  # a graph would lose them
+        if parametrize.is_parametrized(m) or (hooked(m) and own_weight(m)):
+            return False
         if type(m).__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential):
             return True
         holds_weights = any(parameter.ndim >= 2 for parameter in m.parameters())
@@ -126,15 +178,19 @@ class SiteTracer(fx.Tracer):
         before = set(self.graph.nodes)
         draws = random_states()
         stack, calls, scope = self.module_stack.copy(), self.num_calls.copy(), copy(self.scope)
+        attributes = dict(m.__dict__)
         while True:
             try:
                 output = super().call_module(m, forward, args, kwargs)
                 refuse_draws(draws)
+                refuse_changes(m, attributes)
                 break
             except Exception as error:
                 if name in self.opaque:
                     raise
                 self._roll_back(before, name)
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
                 self.module_stack, self.num_calls, self.scope = stack.copy(), calls.copy(), scope
                 if not self.functions.leave_whole(error):
                     reason = f"{type(error).__name__}: {error}"
@@ -157,16 +213,27 @@ class SiteTracer(fx.Tracer):
                 del self.outputs[other]
 
 
-def swappable(model: nn.Module, node: fx.Node) -> dict[str, nn.Module]:
-    """Return the modules inside a leaf of the graph that may be swapped, by qualified name.
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module runs hooks."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
-    PyTorch's own composite modules read their layers' weights directly, so they are none.
-    """
+
+def own_weight(module: nn.Module) -> bool:
+    """Whether a module itself, not a child, owns a weight of two or more dimensions."""
+    return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+
+
+def _contexts() -> tuple[bool, bool, bool]:
+    """Return what a graph cannot hold: whether gradients and autocast are on."""
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return (torch.is_grad_enabled(), *autocast)
+
+
+def swappable(model: nn.Module, node: fx.Node) -> dict[str, nn.Module]:
+    """Return the modules inside a leaf of the graph, by qualified names."""
     if node.op != "call_module":
         return {}
     owner, name = model.get_submodule(str(node.target)), str(node.target)
-    if type(owner).__module__.startswith("torch.nn") and not isinstance(owner, nn.Sequential):
-        return {}
     prefix = f"{name}." if name else ""
     return {f"{prefix}{key}": module for key, module in owner.named_modules() if key}
 

@@ -1,0 +1,256 @@
+"""Recognise the calls in which weights meet activations while code runs that cannot be traced.
+
+Whatever the code looks like, a weight meets activations in one of a few operators. ``WeightCalls``
+watches these; a call that receives a known weight, the very tensor, goes to its hyper layer.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from stnify.composites import (
+    RECURRENT_CELLS,
+    RECURRENT_NETWORKS,
+    embedding_bag,
+    multi_head_attention,
+)
+from stnify.layers import (
+    HyperConv,
+    HyperEmbedding,
+    HyperLayer,
+    HyperLinear,
+    HyperProduct,
+    Product,
+)
+from stnify.products import MULTIPLICATIONS, bilinear, multiplication, product
+
+
+class KnownWeight(NamedTuple):
+    """A weight that responds.
+
+    Attributes:
+        weight: The tensor that calls receive.
+        bias: The bias that responds with it, if the call receives that too.
+        layer: What such a call goes to.
+        transposed: Whether ``weight`` is the transpose of what the layer holds a response of.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    layer: HyperLayer
+    transposed: bool = False
+
+
+class WeightCalls(TorchFunctionMode):
+    """Sends calls of the operators in ``WEIGHT_CALLS`` on known weights to hyper layers.
+
+    Args:
+        known: Weights that respond.
+        response_input: ``(batch, h)`` unconstrained.
+        linearized: Whether activations are dual numbers.
+
+    Attributes:
+        order: Which example comes where in the packed sequence at hand.
+    """
+
+    def __init__(
+        self, known: Sequence[KnownWeight], response_input: Tensor, linearized: bool
+    ) -> None:
+        super().__init__()
+        self.known = known
+        self.response_input = response_input
+        self.linearized = linearized
+        self.order: Tensor | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Apply the rule of ``func`` if there is one and it receives a known weight."""
+        rule = WEIGHT_CALLS.get(func)
+        kwargs = kwargs or {}
+        if rule is None or not any(self.knows(value) for value in _flat((args, kwargs))):
+            return func(*args, **kwargs)
+        return rule(self, func, args, kwargs)
+
+    def knows(self, value: object) -> bool:
+        """Whether a value is one of the weights."""
+        return any(known.weight is value for known in self.known)
+
+    def find(self, weight: object, kind: type[HyperLayer]) -> KnownWeight | None:
+        """Return what is known of a weight in calls that such a layer serves."""
+        found = (known for known in self.known if known.weight is weight)
+        return next((known for known in found if isinstance(known.layer, kind)), None)
+
+    def apply(
+        self,
+        kind: type[HyperLayer],
+        function: Callable[..., Tensor],
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        **arguments: Any,
+    ) -> Tensor:
+        """Call ``function`` on a weight, or its hyper layer if the weight is known."""
+        known = self.find(weight, kind)
+        own = bias if known is not None and bias is known.bias else None
+        if known is None or (own is None and known.layer.weight_response is None):
+            return function(inputs, weight, bias, **arguments)
+        outputs: Tensor = known.layer(
+            inputs, weight, own, self.response_input, self.linearized, **arguments
+        )
+        if bias is None or own is not None:
+            return outputs
+        per_channel = (-1, *([1] * (weight.ndim - 2)))
+        return outputs + bias.view(per_channel)
+
+    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply ``F.linear`` or its hyper layer."""
+        return self.apply(HyperLinear, F.linear, inputs, weight, bias)
+
+    def embed(self, indices: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        """Apply ``F.embedding`` or its hyper layer."""
+        return self.apply(HyperEmbedding, _embed, indices, weight, None, **options)
+
+    def multiply(
+        self, product: Product, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Apply a product of ``operands`` with a known weight, the first one with the batch."""
+        known = self.find(weight, HyperProduct)
+        assert known is not None, "the rule has found it"
+        product = product.transposed() if known.transposed else product
+        own = bias if bias is known.bias else None
+        outputs: Tensor = known.layer(
+            operands[0],
+            weight.mT if known.transposed else weight,
+            own,
+            self.response_input,
+            self.linearized,
+            product=product,
+            others=tuple(operands[1:]),
+        )
+        return outputs if bias is None or own is not None else outputs + bias
+
+
+Rule = Callable[[WeightCalls, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _direct(kind: type[HyperLayer], *names: str) -> Rule:
+    """Return the rule of an operator that takes these arguments: input, weight, bias, geometry."""
+
+    def rule(
+        calls: WeightCalls,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        first = (arguments.pop("input"), arguments.pop("weight"), arguments.pop("bias", None))
+        return calls.apply(kind, function, *first, **arguments)
+
+    return rule
+
+
+def _embedding(
+    calls: WeightCalls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    names = ("input", "weight", "padding_idx")
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    options = {
+        name: arguments[name] for name in ("padding_idx", "scale_grad_by_freq") if name in arguments
+    }
+    return calls.embed(arguments["input"], arguments["weight"], **options)
+
+
+def _embedding_bag(
+    calls: WeightCalls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return embedding_bag(calls.embed, *args, **kwargs)
+
+
+def _attention(
+    calls: WeightCalls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return multi_head_attention(calls.linear, *args, **kwargs)
+
+
+def _network(
+    calls: WeightCalls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return RECURRENT_NETWORKS[function](calls.linear, *args, order=calls.order)
+
+
+def _cell(
+    calls: WeightCalls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    return RECURRENT_CELLS[function](calls.linear, *args, **kwargs)
+
+
+def _bilinear(
+    calls: WeightCalls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    names = ("input1", "input2", "weight", "bias")
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    left, right, weight = (arguments[name] for name in names[:3])
+    if calls.find(weight, HyperProduct) is None:
+        return function(*args, **kwargs)
+    return calls.multiply(bilinear(left.ndim), (left, right), weight, arguments.get("bias"))
+
+
+def _multiplication(
+    calls: WeightCalls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    found = multiplication(function, args, kwargs)
+    operands = found.operands if found else ()
+    places = [i for i, o in enumerate(operands) if calls.find(o, HyperProduct)]
+    if found is None or len(places) != 1 or len(operands) < 2:
+        return function(*args, **kwargs)
+    weight = operands[places[0]]
+    others = [operand for operand in operands if operand is not weight]
+    named = product(found, [operand.ndim for operand in operands], places[0])
+    outputs = calls.multiply(named, others, weight, None)
+    if found.added is None:
+        return outputs
+    beta, alpha = found.factors
+    return beta * found.added + alpha * outputs
+
+
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = (*_CONVOLUTION[:5], "output_padding", "groups", "dilation")
+
+WEIGHT_CALLS: dict[Callable[..., Any], Rule] = {
+    F.linear: _direct(HyperLinear, "input", "weight", "bias"),
+    F.conv1d: _direct(HyperConv, *_CONVOLUTION),
+    F.conv2d: _direct(HyperConv, *_CONVOLUTION),
+    F.conv3d: _direct(HyperConv, *_CONVOLUTION),
+    F.conv_transpose1d: _direct(HyperConv, *_TRANSPOSED),
+    F.conv_transpose2d: _direct(HyperConv, *_TRANSPOSED),
+    F.conv_transpose3d: _direct(HyperConv, *_TRANSPOSED),
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
+    F.bilinear: _bilinear,
+    F.multi_head_attention_forward: _attention,
+    **dict.fromkeys(RECURRENT_NETWORKS, _network),
+    **dict.fromkeys(RECURRENT_CELLS, _cell),
+    **dict.fromkeys(MULTIPLICATIONS, _multiplication),
+}
+"""Operator to what is done when one of its arguments is a weight that responds."""
+
+
+def _embed(indices: Tensor, weight: Tensor, bias: None, **options: Any) -> Tensor:
+    return F.embedding(indices, weight, **options)
+
+
+def _flat(value: Any) -> Sequence[Any]:
+    match value:
+        case list() | tuple():
+            return [entry for child in value for entry in _flat(child)]
+        case dict():
+            return _flat(list(value.values()))
+    return [value]
