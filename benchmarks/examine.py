@@ -58,10 +58,15 @@ def examine(built: Built) -> Iterator[tuple[str, Row]]:
     yield "done", row
 
 
+SOUND_ROWS = ("independent", "mixed by the model itself", "one perturbation for the batch")
+
+
 def judged(row: Row) -> Row:
     """Return whether a finished row is fine, and if not, why not."""
-    wrong = [name for name in ("exact", "exact_zero", "exact_train", "finite") if not row[name]]
-    if row["rows"] not in {"independent", "mixed by the model itself"}:
+    wrong = [name for name in ("exact", "exact_train", "finite") if not row[name]]
+    if row["exact_zero"] == "False":
+        wrong.append("exact_zero")
+    if row["rows"] not in SOUND_ROWS:
         wrong.append(f"rows {row['rows']}")
     return {"status": "wrong" if wrong else "fine", "reason": ", ".join(wrong)}
 
@@ -201,8 +206,13 @@ def open_gates(stn: STN) -> None:
 
 
 def exactness(stn: STN, call: Callable[[int], tuple[Any, ...]]) -> Row:
-    """Return whether the graph in eval mode is the original bit for bit, at two batch sizes."""
-    found = {"exact": True, "exact_zero": True, "finite_outputs": True}
+    """Return whether the graph in eval mode is the original bit for bit, at two batch sizes.
+
+    With a response input of nought (``exact_zero``) it may be that up to rounding: attention and
+    recurrent networks are computed in other steps then.
+    """
+    found: Row = {"exact": True, "finite_outputs": True}
+    zero = set()
     original, graph = stn.model._original.eval(), stn.model._graph
     with torch.no_grad(), stn.model.evaluating():
         for batch in (2, BATCH):
@@ -210,9 +220,23 @@ def exactness(stn: STN, call: Callable[[int], tuple[Any, ...]]) -> Row:
             expected = original(*args)
             found["exact"] &= identical(graph(*args), expected)
             nothing = torch.zeros(batch, len(stn.values()))
-            found["exact_zero"] &= identical(graph(*args, response_input=nothing), expected)
+            zero.add(_closeness(graph(*args, response_input=nothing), expected))
             found["finite_outputs"] &= all(bool(t.isfinite().all()) for t in tensors(expected))
-    return found
+    return {**found, "exact_zero": max(zero, key=CLOSENESS.index)}
+
+
+CLOSENESS = ("True", "rounding", "False")
+
+
+def _closeness(one: Any, other: Any) -> str:
+    if identical(one, other):
+        return CLOSENESS[0]
+    pairs = list(zip(tensors(one), tensors(other), strict=False))
+    close = len(tensors(one)) == len(tensors(other)) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+        for a, b in pairs
+    )
+    return CLOSENESS[1] if close else CLOSENESS[2]
 
 
 def train_exactness(stn: STN, args: tuple[Any, ...]) -> bool:
@@ -285,7 +309,9 @@ def independence(stn: STN, args: tuple[Any, ...], words: dict[str, str]) -> Row:
         if any(moved):
             found = "mixed by the model itself" if _mixes(stn.model._original, args) else "mixed"
         else:
-            found = "independent" if middle else "dead"
+            everywhere = all(word.startswith("shared") for word in words.values()) and words
+            found = "one perturbation for the batch" if everywhere else "dead"
+            found = "independent" if middle else found
     for parameter, value in kept:
         parameter.copy_(value)
     return {"rows": found}

@@ -157,6 +157,7 @@ def test_what_is_broken_is_not_fine():
     layer = next(iter(stn.model.hyper_layers.values()))
     layer.register_forward_hook(lambda module, given, output: output + 1e-3)
     assert not examine.exactness(stn, call)["exact"]
+    assert examine.exactness(stn, call)["exact_zero"] == "False"
     assert not examine.train_exactness(stn, inputs)
     mixing = converted(dense().model, inputs)
     for layer in mixing.model.hyper_layers.values():
