@@ -3,14 +3,16 @@
 PyTorch counts them while the passes run; there is no formula of our own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stnify.linearize import linearized_forward, perturbed_forward, plain_forward
+from stnify.layers import HyperLayer
+from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.perturb import Perturbation
 from stnify.rows import batch_size
 from stnify.step import first_rows
@@ -42,21 +44,59 @@ def count_flops(
         kwargs: Keyword inputs.
         linearized: Count a linearised pass, else one with perturbed weights.
     """
-    inputs, named = first_rows((args, dict(kwargs)), 2)
+    try:
+        inputs, named = first_rows((args, dict(kwargs)), 2)
+        return _count(model, inputs, named, linearized)
+    except (IndexError, RuntimeError):  # inputs that index into others cannot be cut
+        return _count(model, args, dict(kwargs), linearized)
+
+
+def _count(
+    model: TunableModule, inputs: tuple[Any, ...], named: dict[str, Any], linearized: bool
+) -> dict[str, tuple[int, int]]:
     space, graph = model.hyperparameters, model._graph
     examples = max(1, batch_size((inputs, named)))
-    nowhere = space.unconstrained.new_zeros(examples, len(space.columns))
+    zeros = space.unconstrained.new_zeros(examples, len(space.columns))
+    nowhere = Perturbation(zeros, None)
     forward = linearized_forward if linearized else perturbed_forward
     private = RandomStream(0, space.unconstrained.device)
     with model.evaluating(), model.buffers_restored(), private.active():
-        before = _counted(graph, lambda: plain_forward(graph, inputs, named))
-        after = _counted(graph, lambda: forward(graph, inputs, named, Perturbation(nowhere, None)))
+        with _plain_operators(model.hyper_layers.values()):
+            before = _counted(graph, lambda: perturbed_forward(graph, inputs, named, nowhere))
+        after = _counted(graph, lambda: forward(graph, inputs, named, nowhere))
     layers = {f"{type(graph).__name__}.{PREFIX}.layers.{name}": name for name in model.hyper_layers}
     layers["Global"] = WHOLE
     return {
         name: (before.get(key, 0) // examples, after.get(key, 0) // examples)
         for key, name in layers.items()
     }
+
+
+@contextmanager
+def _plain_operators(layers: Iterable[HyperLayer]) -> Iterator[None]:
+    """Make hyper layers leave their response out; a pass without any would not call them all."""
+
+    def plain(layer: HyperLayer) -> Callable[..., Tensor]:
+        def forward(
+            inputs: Tensor,
+            weight: Tensor,
+            bias: Tensor | None,
+            response_input: Tensor,
+            linearized: bool,
+            **arguments: Any,
+        ) -> Tensor:
+            return layer.operate(inputs, weight, bias, **arguments)
+
+        return forward
+
+    changed = list(layers)
+    for layer in changed:
+        layer.__dict__["forward"] = plain(layer)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer.__dict__["forward"]
 
 
 def _counted(graph: nn.Module, run: Callable[[], Any]) -> dict[str, int]:

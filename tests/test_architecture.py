@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "linearize": {"forward_mode", "nested", "perturb", "tunable"},
     "uncentred": {"penalties", "perturb", "plan", "rows", "space", "streams", "tunable"},
     "step": {"errors", "linearize", "nested", "perturb", "plan", "rows", "tunable"},
-    "flops": {"linearize", "perturb", "rows", "step", "streams", "tunable"},
+    "flops": {"layers", "linearize", "perturb", "rows", "step", "streams", "tunable"},
     "loaders": {"errors", "streams"},
     "schedule": {"errors"},
     "optimizer": {"errors", "tunable"},

@@ -82,6 +82,22 @@ def test_a_layer_called_twice_counts_once():
     assert plan.flops.before == 2 * 2 * 36 + 2 * 18
 
 
+def test_layers_in_code_that_is_not_traced_count_too():
+    model = nn.Sequential(Branching(), convolutional(), nn.Flatten(1), nn.Unflatten(1, (5, 1)))
+    model.append(nn.LSTM(1, 3, batch_first=True))
+    plan = stnify(model, [DECAY], example_inputs=images(3, 8)).plan
+    before = {site.weight: site.flops.before for site in plan.weights}
+    assert before == {
+        "0.inner.weight": 2 * 9 * 64,
+        "1.0.weight": CONVOLUTION,
+        "1.4.weight": HEAD,
+        "4.weight_ih_l0": 5 * 2 * 12 * 1,
+        "4.weight_hh_l0": 5 * 2 * 12 * 3,
+    }
+    assert plan.flops.before == sum(before.values())
+    assert all(site.flops.after > site.flops.before for site in plan.weights)
+
+
 def test_costs_are_known_from_the_first_batch_on_and_resumed():
     model = convolutional()
     data = [(images(4, 8), torch.zeros(4, dtype=torch.long))]
