@@ -83,10 +83,13 @@ class WeightCalls(TorchFunctionMode):
         """Whether a value is one of the weights."""
         return any(known.weight is value for known in self.known)
 
-    def find(self, weight: object, kind: type[HyperLayer]) -> KnownWeight | None:
-        """Return what is known of a weight in calls that such a layer serves."""
-        found = (known for known in self.known if known.weight is weight)
-        return next((known for known in found if isinstance(known.layer, kind)), None)
+    def find(
+        self, weight: object, kind: type[HyperLayer], bias: Tensor | None = None
+    ) -> KnownWeight | None:
+        """Return what is known of a weight in calls that such a layer serves, with this bias."""
+        known = [k for k in self.known if k.weight is weight and isinstance(k.layer, kind)]
+        together = [k for k in known if k.bias is bias]
+        return next(iter(together or known), None)
 
     def apply(
         self,
@@ -98,7 +101,7 @@ class WeightCalls(TorchFunctionMode):
         **arguments: Any,
     ) -> Tensor:
         """Call ``function`` on a weight, or its hyper layer if the weight is known."""
-        known = self.find(weight, kind)
+        known = self.find(weight, kind, bias)
         own = bias if known is not None and bias is known.bias else None
         if known is None or (own is None and known.layer.weight_response is None):
             return function(inputs, weight, bias, **arguments)
@@ -122,7 +125,7 @@ class WeightCalls(TorchFunctionMode):
         self, product: Product, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         """Apply a product of ``operands`` with a known weight, the first one with the batch."""
-        known = self.find(weight, HyperProduct)
+        known = self.find(weight, HyperProduct, bias)
         assert known is not None, "the rule has found it"
         product = product.transposed() if known.transposed else product
         own = bias if bias is known.bias else None

@@ -1,5 +1,6 @@
 """8b. ``stnify()``: all stages in a row, behind checks of what was passed."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -94,6 +95,8 @@ def stnify(
         exclude: Layers that get no response, by pattern or type.
         leaves: Modules not to trace through, by pattern or type.
         example_inputs: Inputs to verify the conversion on at once; a tensor, tuple or dict.
+            Optional arguments of the model's forward keep their defaults in training unless they
+            are given here.
         amp_dtype: Autocast dtype of the response and validation steps.
         compile: Compile the passes; None compiles on CUDA.
         verify: Check the conversion on ``example_inputs`` or the first batch.
@@ -140,7 +143,7 @@ def stnify(
     refuse_empty(valid_loader, "valid_loader")
     plan = make_plan(
         model,
-        trace(model, leaves),
+        trace(model, leaves, _given(model, example_inputs)),
         declared,
         response=response,
         exclude=exclude,
@@ -333,6 +336,20 @@ def _call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return tuple(example_inputs), {}
         case _:
             return (example_inputs,), {}
+
+
+def _given(model: nn.Module, example_inputs: Any) -> set[str]:
+    """Return the optional arguments of the model's forward that the example gives."""
+    if example_inputs is None:
+        return set()
+    args, kwargs = _call(example_inputs)
+    signature = inspect.signature(model.forward)
+    try:
+        arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+        return set()
+    optional = {n for n, p in signature.parameters.items() if p.default is not p.empty}
+    return {n for n in optional & arguments.keys() if arguments[n] is not None}
 
 
 def _replace_decay(optimizer: Optimizer, model: TunableModule, plan: Plan) -> None:

@@ -7,8 +7,10 @@ double backward of the official ``utils/linearize_utils.py``, which fails with B
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,6 +19,7 @@ from stnify.forward_mode import ForwardModeRules
 from stnify.nested import map_tensors
 from stnify.perturb import Perturbation
 from stnify.tunable import PREFIX
+from stnify.untouched import attributes_restored
 
 
 def linearized_forward(
@@ -60,7 +63,8 @@ def perturbed_forward(
 
 def plain_forward(graph: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Predict as the model is, without a response; nothing is differentiable or updated."""
-    return functional_call(graph, _constants(graph), args, dict(kwargs), tie_weights=False)
+    with _attributes_kept(graph):
+        return functional_call(graph, _constants(graph), args, dict(kwargs), tie_weights=False)
 
 
 def _constant_call(
@@ -79,7 +83,16 @@ def _constant_call(
         "constrained": perturbation.constrained,
         "linearized": linearized,
     }
-    return functional_call(graph, constants, args, inputs, tie_weights=False)
+    with _attributes_kept(graph):
+        return functional_call(graph, constants, args, inputs, tie_weights=False)
+
+
+def _attributes_kept(graph: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which code that is not traced changes the model's attributes in vain."""
+    untraced = getattr(graph.get_submodule(PREFIX), "untraced", False)
+    if not untraced or torch.compiler.is_compiling():
+        return nullcontext()
+    return attributes_restored(graph)
 
 
 def _constants(graph: nn.Module) -> dict[str, Tensor]:

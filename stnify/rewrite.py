@@ -54,7 +54,7 @@ def rewrite(
         space: The hyperparameters, in the plan's columns.
         stream: Where fresh response weights, and later all noise, are drawn from.
     """
-    tunables = Tunables(space)
+    tunables = Tunables(space, untraced=bool(plan.traced.opaque))
     for name, tensor in plan.traced.constants.items():
         tunables.constants.register_buffer(name, tensor.detach(), persistent=False)
     copy, nodes = _copied(plan)
@@ -76,7 +76,7 @@ def rewrite(
         key = _key(tunables, call, layers[call.node])
         if call.inside is not None:
             use = WeightUse(call.weight, call.bias, layers[call.node])
-            swaps.uses.setdefault(call.inside, {})[call.weight, call.kind] = use
+            swaps.uses.setdefault(call.inside, {})[_use(call)] = use
         elif call.value is not None:
             watched.setdefault(call.node.partition(":")[0], []).append(call)
         else:
@@ -134,7 +134,7 @@ def _use(site: WeightSite) -> tuple[str, ...]:
         case "module":
             return (site.way, site.name)
         case "swap":
-            return (site.way, site.weight, site.kind, str(site.inside))
+            return (site.way, site.weight, str(site.bias), site.kind, str(site.inside))
 
 
 def _hyper_layer(
@@ -147,8 +147,9 @@ def _hyper_layer(
     module = model.get_submodule(site.name)
     if site.way == "module":
         return HYPER_MODULES[type(module)](module, responses)
-    if responses[0] is not None and getattr(module, "padding_idx", None) is not None:
-        responses[0].silence(module.padding_idx)
+    padding = getattr(module, "padding_idx", None)
+    if responses[0] is not None and isinstance(padding, int):
+        responses[0].silence(padding)
     return HYPER_OPERATORS[site.kind](*responses)
 
 
@@ -328,7 +329,7 @@ class _Swaps:
     """What is swapped inside which module, by qualified names."""
 
     model: nn.Module
-    uses: dict[str, dict[tuple[str, str], WeightUse]] = field(default_factory=dict)
+    uses: dict[str, dict[tuple[str, ...], WeightUse]] = field(default_factory=dict)
     noises: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
 
     def place(self, graph: fx.Graph, tunables: Tunables, inputs: dict[str, fx.Node]) -> None:

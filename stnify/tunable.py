@@ -36,11 +36,13 @@ class Tunables(nn.Module):
         functions: Functions that are called as they are.
         swapped: Modules that are rewritten from the inside.
         constants: Tensors made while tracing.
+        untraced: Whether some of the model's own code runs, which may change attributes.
     """
 
-    def __init__(self, space: HyperparameterSpace) -> None:
+    def __init__(self, space: HyperparameterSpace, *, untraced: bool = False) -> None:
         super().__init__()
         self.space = space
+        self.untraced = untraced
         self.layers = nn.ModuleDict()
         self.noises = nn.ModuleDict()
         self.fixed = nn.ModuleDict()
@@ -282,7 +284,7 @@ class TunableModule(nn.Module):
                 raise UsageError(
                     f"argument {name!r} of {type(self._original).__name__}.forward must keep its "
                     f"default {fixed[name]!r} in training, because the graph was traced with it, "
-                    f"but got {given[name]!r}. Make it required, or set it on the model instead."
+                    f"but got {given[name]!r}. Give it in `example_inputs=` of stnify()."
                 )
 
     def run_by(self, training: Pass, evaluation: Pass) -> None:

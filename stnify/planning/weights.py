@@ -58,7 +58,8 @@ def _candidates(model: nn.Module, traced: Traced) -> Iterator[WeightSite | Refus
             continue
         owner = str(node.target)
         module = model.get_submodule(owner)
-        if type(module) in WEIGHT_MODULES:
+        hooked = module._backward_hooks or module._backward_pre_hooks  # the module itself must run
+        if type(module) in WEIGHT_MODULES and not hooked:
             for own in own_weights(module):
                 yield _module_site(functions.names, module, owner, own, node.name)
             continue

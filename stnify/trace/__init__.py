@@ -6,7 +6,7 @@ them become visible. A function that cannot be traced through is called as it is
 cannot becomes a leaf, with the reason.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -30,33 +30,39 @@ from stnify.untouched import state_restored
 __all__ = ["ModuleOutput", "Traced", "caller", "swappable", "trace"]
 
 
-def trace(model: nn.Module, leaves: Sequence[str | type[nn.Module]] = ()) -> Traced:
+def trace(
+    model: nn.Module,
+    leaves: Sequence[str | type[nn.Module]] = (),
+    given: Collection[str] = (),
+) -> Traced:
     """Trace ``model`` as it trains, and leave it exactly as it was.
 
     Args:
         model: Any module.
         leaves: Patterns or types not to trace through.
+        given: Optional arguments of its forward that every training pass will be given; all others
+            keep their defaults.
 
     Returns:
         The graph; if ``model.forward`` itself cannot be traced, it is one call of the whole model.
     """
     names = require_each(leaves, dict(model.named_modules()), "`leaves`")
-    tracer, graph, constants, whole = _trace_in_mode(model, names, training=True)
-    _, other, _, _ = _trace_in_mode(model, [*names, *tracer.opaque], training=False)
+    tracer, graph, constants, whole = _trace_in_mode(model, names, given, training=True)
+    _, other, _, _ = _trace_in_mode(model, [*names, *tracer.opaque], given, training=False)
     if _structure(graph) != _structure(other):
         graph, constants = _one_leaf(tracer, "it computes something else in eval mode"), {}
     return Traced(graph, tracer.outputs, tracer.opaque, constants, tracer.fixed, whole)
 
 
 def _trace_in_mode(
-    model: nn.Module, leaves: Sequence[str], *, training: bool
+    model: nn.Module, leaves: Sequence[str], given: Collection[str], *, training: bool
 ) -> tuple[SiteTracer, fx.Graph, dict[str, Tensor], frozenset[Callable[..., Any]]]:
     """Trace from the top, again for each function left whole; else call the model as one leaf."""
     with state_restored(model) as added, TracedFunctions(model) as functions:
         model.train(training)
         draws = random_states()
         while True:
-            tracer = SiteTracer(leaves, functions)
+            tracer = SiteTracer(leaves, functions, given)
             if hooked(model) or type(model).__call__ is not nn.Module.__call__:
                 graph = _one_leaf(tracer, "calling it does more than its forward")
                 break

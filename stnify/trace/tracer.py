@@ -3,7 +3,7 @@
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,11 +75,28 @@ def refuse_draws(before: tuple[Any, ...]) -> None:
         raise RuntimeError("it draws random numbers that do not depend on its inputs")
 
 
+class ChangedAttributeError(RuntimeError):
+    """A module changes attributes of its own, which a graph would not do again.
+
+    Args:
+        names: The attributes.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(f"it changes its attribute {names[0]!r}")
+        self.names = names
+
+
+class UnknownWhileTracing:
+    """Stands for an attribute that only a real pass sets, so that code that reads it fails."""
+
+
 def refuse_changes(module: nn.Module, before: dict[str, Any]) -> None:
-    """Raise if a module's own attributes have changed: a graph would not change them again."""
-    for name, value in module.__dict__.items():
-        if name not in before or before[name] is not value:
-            raise RuntimeError(f"it changes its attribute {name!r}")
+    """Raise ChangedAttributeError if a module's own attributes have changed."""
+    now = module.__dict__
+    changed = [n for n, value in now.items() if n not in before or before[n] is not value]
+    if changed:
+        raise ChangedAttributeError(changed)
 
 
 class EagerUse(TorchFunctionMode):
@@ -111,11 +128,15 @@ class SiteTracer(fx.Tracer):
     Args:
         leaves: Qualified names not to trace through.
         functions: Functions that are left whole.
+        given: Optional arguments of the model's forward that are inputs nevertheless.
     """
 
-    def __init__(self, leaves: Sequence[str], functions: TracedFunctions) -> None:
+    def __init__(
+        self, leaves: Sequence[str], functions: TracedFunctions, given: Collection[str] = ()
+    ) -> None:
         super().__init__(param_shapes_constant=True)
         self.leaves = set(leaves)
+        self.given = set(given)
         self.functions = functions
         self.outputs: dict[str, list[ModuleOutput]] = {}
         self.opaque: dict[str, str] = {}
@@ -145,7 +166,8 @@ class SiteTracer(fx.Tracer):
         """Fix optional arguments at their defaults: a traced None would not be None."""
         function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
         for i, argument in enumerate(arguments):
-            if isinstance(argument, fx.Proxy) and argument.node.args:
+            optional = isinstance(argument, fx.Proxy) and argument.node.args
+            if optional and str(argument.node.target) not in self.given:
                 self.fixed[str(argument.node.target)] = argument.node.args[0]
                 arguments[i] = argument.node.args[0]
         return function, arguments
@@ -191,6 +213,8 @@ class SiteTracer(fx.Tracer):
                 self._roll_back(before, name)
                 m.__dict__.clear()
                 m.__dict__.update(attributes)
+                if isinstance(error, ChangedAttributeError):
+                    m.__dict__.update(dict.fromkeys(error.names, UnknownWhileTracing()))
                 self.module_stack, self.num_calls, self.scope = stack.copy(), calls.copy(), scope
                 if not self.functions.leave_whole(error):
                     reason = f"{type(error).__name__}: {error}"
