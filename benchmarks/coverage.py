@@ -2,7 +2,8 @@
 
 Models are grouped by structure; of each group the smallest member is built small, with real
 weights, and examined in a process of its own. Every row is written as soon as it is known, and a
-run skips the rows that are there already, so it can be stopped and started at will.
+run skips the rows that are there already, so it can be stopped and started at will. Times are those
+of one processor, in seconds.
 
     python -m benchmarks.coverage                          # everything: some hours on two cores
     python -m benchmarks.coverage --names "vit_*" "swin*"
@@ -20,7 +21,6 @@ import csv
 import fnmatch
 import json
 import multiprocessing
-import os
 import random
 import resource
 import time
@@ -180,21 +180,20 @@ def _examine(structure: Structure, channel: Connection, memory: float) -> None:
     """Examine one structure, in a process that may end at any time, and send what is known."""
     limit = int(memory * GIBIBYTE)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    os.nice(5)
     warnings.simplefilter("ignore")
-    start = time.monotonic()
+    start = time.process_time()
     row: Row = {"stage": BUILD}
     try:
         built = small(structure)
         row.update(options=json.dumps(built.options, default=str), shape=list(built.shape))
         channel.send(row)
         for stage, found in examine(built):
-            row.update(found, stage=stage, seconds=round(time.monotonic() - start, 2))
+            row.update(found, stage=stage, seconds=round(time.process_time() - start, 2))
             channel.send(row)
         row.update(judged(row))
     except Exception as error:
         row.update(status=_status(error, row["stage"]), reason=_one_line(error))
-    row["seconds"] = round(time.monotonic() - start, 2)
+    row["seconds"] = round(time.process_time() - start, 2)
     channel.send(row)
 
 
