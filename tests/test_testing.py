@@ -1,6 +1,7 @@
 """The property-test kit: it passes what is right, and each mistake is caught where it should be."""
 
 import copy
+import json
 import random
 import re
 import subprocess
@@ -10,12 +11,13 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks import random_modules
 from stnify import STN, Dropout, Hyperparameter, UsageError, WeightDecay, stnify, testing
-from stnify.layers import HyperConv, HyperEmbedding, HyperLinear
-from stnify.layers.conv import Convolution, TransposedConvolution
+from stnify.layers import HYPER_MODULES, HyperLinear
 from stnify.regularizers import TunedDropout
 from stnify.testing import strategies
 from stnify.testing.modules import NAMES, Branching, Folded, Residual, Twice
@@ -404,6 +406,35 @@ def test_a_model_that_mixes_examples_is_named():
         testing.assert_rows_independent(model, normal(5, 4))
 
 
+class TimeMajor(nn.Module):
+    """Returns time first, and a state with layers first, as recurrent networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.GRU(4, 3, num_layers=3)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network(inputs.transpose(0, 1))
+
+
+@pytest.mark.parametrize("batch", [2, 3, 5])
+def test_examples_are_found_in_any_dimension_of_a_prediction(batch):
+    testing.assert_rows_independent(TimeMajor(), normal(batch, 3, 4))
+
+
+class Total(nn.Linear):
+    """Returns one number for the batch."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs).sum()
+
+
+def test_a_prediction_without_examples_is_refused():
+    model = nn.Sequential(nn.Linear(4, 3), Total(3, 1))
+    with pytest.raises(AssertionError, match="must have a dimension that counts the 5 examples"):
+        testing.assert_rows_independent(model, normal(5, 4))
+
+
 class Table(nn.Module):
     """Adds a row computed from no input, as position tables are."""
 
@@ -451,29 +482,30 @@ def test_every_public_name_of_the_kit_is_documented():
 # The contract of hyper layers ---------------------------------------------------------------------
 
 
-class TestLinear(testing.HyperLayerContract):
+class TableContract(testing.HyperLayerContract):
+    """The contract of a layer that is built by its row of the table."""
+
+    def build(self, original, weight, bias):
+        return HYPER_MODULES[type(original)](original, (weight, bias))
+
+
+class TestLinear(TableContract):
     def original(self):
         return nn.Linear(3, 5)
 
     def inputs(self, batch):
         return torch.randn(batch, 2, 3)
 
-    def build(self, original, weight, bias):
-        return HyperLinear(weight, bias)
 
-
-class TestGroupedConvolution(testing.HyperLayerContract):
+class TestGroupedConvolution(TableContract):
     def original(self):
         return nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1, padding_mode="circular")
 
     def inputs(self, batch):
         return torch.randn(batch, 4, 5, 4)
 
-    def build(self, original, weight, bias):
-        return HyperConv(weight, bias, Convolution(original), 2)
 
-
-class TestTransposedConvolution(testing.HyperLayerContract):
+class TestTransposedConvolution(TableContract):
     axis = 1
     units = 6
 
@@ -483,11 +515,8 @@ class TestTransposedConvolution(testing.HyperLayerContract):
     def inputs(self, batch):
         return torch.randn(batch, 4, 3)
 
-    def build(self, original, weight, bias):
-        return HyperConv(weight, bias, TransposedConvolution(original, None), 1)
 
-
-class TestEmbedding(testing.HyperLayerContract):
+class TestEmbedding(TableContract):
     axis = 1
 
     def original(self):
@@ -495,9 +524,6 @@ class TestEmbedding(testing.HyperLayerContract):
 
     def inputs(self, batch):
         return torch.arange(batch * 2).reshape(batch, 2) % 5
-
-    def build(self, original, weight, bias):
-        return HyperEmbedding(weight, F.embedding)
 
 
 class AlwaysTwice(HyperLinear):
@@ -537,7 +563,19 @@ def test_the_contract_catches_a_broken_layer(kind):
     assert any(BROKEN_LAYERS[kind] in message for message in messages), messages
 
 
+class Incomplete(testing.HyperLayerContract):
+    """Lacks what the contract asks for."""
+
+
+def test_a_contract_without_its_three_methods_says_so():
+    with pytest.raises(TypeError, match=r"build.*inputs.*original"):
+        Incomplete()
+
+
 # Random modules -----------------------------------------------------------------------------------
+
+SHARDS = 10
+IN_A_SHARD = 200
 
 REFUSALS = (
     "UnsupportedModuleError: Sequential must hold at least one trainable layer that can respond",
@@ -550,6 +588,26 @@ quickly = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_random_modules_are_exact_or_refused_with_a_reason(shard):
+    """Two thousand in all; every eighth also against differences in float64."""
+    outcomes: list[str | None] = []
+
+    @seed(shard)
+    @settings(quickly, max_examples=IN_A_SHARD)
+    @given(module=strategies.random_modules(), data=st.data())
+    def convert(module, data):
+        hparams = data.draw(strategies.hyperparameter_sets(floating=module.entries is None))
+        thorough = len(outcomes) % 8 == 0
+        refused = testing.converts_or_refuses(*module.build(), hparams, thorough=thorough)
+        assert refused is None or refused.startswith(REFUSALS), refused
+        outcomes.append(refused)
+
+    convert()
+    assert len(outcomes) == IN_A_SHARD
+    assert outcomes.count(None) > IN_A_SHARD / 2
 
 
 @settings(quickly, max_examples=100, derandomize=True)
@@ -613,3 +671,35 @@ def test_a_refusal_is_returned_and_a_mistake_raised():
     assert "'weight' is lazy" in lazy
     with pytest.raises(AssertionError, match="row 0 only"):
         testing.converts_or_refuses(nn.Sequential(nn.Linear(4, 3), BatchMean()), normal(5, 4))
+
+
+# The benchmark ------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_counts_every_module_and_keeps_failures(monkeypatch, tmp_path):
+    report = random_modules.continued(tmp_path / "report.json", seed=7)
+    block = random_modules.examine(7, 12)
+    assert block["count"] == 12 == block["exact"] + sum(block["refused"].values())
+    assert block == random_modules.examine(7, 12)
+    random_modules.add(report, block)
+
+    def refuse_or_fail(model, inputs, hparams):
+        assert len(inputs) < 3, "three"
+        return "UnsupportedModuleError: there is a rule, but got something"
+
+    monkeypatch.setattr(random_modules, "converts_or_refuses", refuse_or_fail)
+    block = random_modules.examine(7, 12)
+    assert 0 < len(block["failed"]) < 12
+    assert {failure["error"].splitlines()[0] for failure in block["failed"]} == {
+        "AssertionError: three"
+    }
+    assert len(eval(block["failed"][0]["module"], dict(NAMES))[1]) == 3
+    assert block["refused"] == {
+        "UnsupportedModuleError: there is a rule": 12 - len(block["failed"])
+    }
+    random_modules.add(report, block)
+    assert (report["count"], report["blocks"]) == (24, 2)
+    assert report["exact"] + sum(report["refused"].values()) + len(report["failed"]) == 24
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert random_modules.continued(tmp_path / "report.json", seed=7) == report
+    assert random_modules.continued(tmp_path / "report.json", seed=8)["count"] == 0

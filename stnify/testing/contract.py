@@ -2,7 +2,7 @@
 
 import copy
 import io
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
@@ -46,7 +46,7 @@ class Case(NamedTuple):
         return outputs
 
 
-class HyperLayerContract:
+class HyperLayerContract(ABC):
     """Tests that a hyper layer is what it says; subclass it in a test file, one for each layer.
 
     Everything is in float64, for a full and a gate response. The judge is the slow way: the
