@@ -186,7 +186,7 @@ def _attention(
 def _network(
     calls: WeightCalls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    return RECURRENT_NETWORKS[function](calls.linear, *args, order=calls.order)
+    return RECURRENT_NETWORKS[function](calls.linear, *args, order=calls.order, **kwargs)
 
 
 def _cell(

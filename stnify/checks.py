@@ -66,7 +66,8 @@ def _refuse_part(name: str, part: nn.Module) -> None:
         raise UnsupportedModuleError(
             f"the model must be plain modules, but {label} is a {wrapper}. {WRAPPERS[wrapper]}"
         )
-    if ".quantized" in type(part).__module__:
+    stub = type(part).__name__ == "FloatFunctional"  # holds no weight, and computes in floats
+    if ".quantized" in type(part).__module__ and not stub:
         raise UnsupportedModuleError(
             f"weights must be trainable numbers, but {label} is quantised. Convert and train the "
             f"floating-point model, and quantise `stn.export()`."

@@ -163,6 +163,8 @@ def _standardise(values: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
 def _affine(values: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """Return ``values * scale + shift`` for constant scale and shift."""
     primal, tangent = forward_ad.unpack_dual(values)
+    if scale is None and shift is None:
+        primal = primal.clone()  # the tangent's graph holds it, and code may change it in place
     if scale is not None:
         primal = primal * scale
         tangent = None if tangent is None else tangent * scale
@@ -225,6 +227,18 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
         return multi_head_attention(F.linear, *args, **kwargs)
 
 
+def _normalize(
+    input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Tensor:
+    primal, tangent = forward_ad.unpack_dual(input)
+    if p != 2 or tangent is None:
+        return F.normalize(input, p, dim, eps)
+    norm = torch.linalg.vector_norm(primal, 2, dim, keepdim=True)
+    normal, length = primal / norm.clamp_min(eps), norm.clamp_min(eps)
+    along = (normal * tangent).sum(dim, keepdim=True) * (norm > eps)
+    return forward_ad.make_dual(normal.clone(), (tangent - normal * along) / length)
+
+
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(input + 3) / 6
 
@@ -244,6 +258,8 @@ FORWARD_MODE_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     # No forward-mode derivative in PyTorch.
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
     F.multi_head_attention_forward: _multi_head_attention,
+    # The derivative of PyTorch's rule is NaN for vectors of zeros, such as padding.
+    F.normalize: _normalize,
     F.hardsigmoid: _hardsigmoid,
     F.glu: _glu,
     torch._pack_padded_sequence: pack,

@@ -6,6 +6,8 @@ the end, so they share every dropout mask. Source: [DeltaSTN] Eqs. 3.12, 3.13; s
 double backward of the official ``utils/linearize_utils.py``, which fails with BatchNorm.
 """
 
+import re
+import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stnify.errors import UnsupportedModuleError
 from stnify.forward_mode import ForwardModeRules
 from stnify.nested import map_tensors
 from stnify.perturb import Perturbation
@@ -41,10 +44,32 @@ def linearized_forward(
 
     Returns:
         What the model returns, every tensor replaced by primal plus tangent.
+
+    Raises:
+        UnsupportedModuleError: An operator has no forward-mode derivative.
     """
     with ForwardModeRules(), forward_ad.dual_level():
-        outputs = _constant_call(graph, args, kwargs, perturbation, linearized=True)
+        try:
+            outputs = _constant_call(graph, args, kwargs, perturbation, linearized=True)
+        except NotImplementedError as error:
+            _refuse_operator(graph, error)
+            raise
         return map_tensors(_primal_plus_tangent, outputs)
+
+
+def _refuse_operator(graph: nn.Module, error: NotImplementedError) -> None:
+    """Raise UnsupportedModuleError if ``error`` says that forward mode lacks an operator."""
+    found = re.search(r"forward AD with (\S+) that does not support", str(error))
+    if found is None:
+        return
+    names = {module: name for name, module in graph.named_modules() if name}
+    callers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = [names[c] for c in callers if isinstance(c, nn.Module) and c in names]
+    raise UnsupportedModuleError(
+        f"every operator must have a forward-mode derivative, but {found[1]!r} has none. It is "
+        f"called in {inside[-1] if inside else 'the forward of the model'!r}. Write it in other "
+        f'operators, or use method="centered", which needs no derivative of this kind.'
+    ) from error
 
 
 def perturbed_forward(

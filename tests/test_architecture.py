@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewrite": {"layers", "plan", "regularizers", "space", "streams", "swap", "tunable"},
     "verify": {"errors", "nested", "rows", "streams", "tunable", "untouched"},
     "perturb": {"space"},
-    "linearize": {"forward_mode", "nested", "perturb", "tunable", "untouched"},
+    "linearize": {"errors", "forward_mode", "nested", "perturb", "tunable", "untouched"},
     "uncentred": {"penalties", "perturb", "plan", "rows", "space", "streams", "tunable"},
     "step": {"errors", "linearize", "nested", "perturb", "plan", "rows", "tunable"},
     "flops": {"layers", "linearize", "perturb", "rows", "step", "streams", "tunable"},

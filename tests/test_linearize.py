@@ -1,6 +1,7 @@
 """Linearised and perturbed predictions against differences, torch.func and examples one by one."""
 
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from zoo import images, shake
 
 import stnify
-from stnify import Dropout, Hyperparameter, WeightDecay
+from stnify import Dropout, Hyperparameter, UnsupportedModuleError, WeightDecay
 from stnify.forward_mode import FORWARD_MODE_RULES, ForwardModeRules
 from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.perturb import Perturbation
@@ -331,7 +332,113 @@ ATTENTION = {
     "need_weights": False,
 }
 
+SEPARATE = {
+    **ATTENTION,
+    "in_proj_weight": None,
+    "use_separate_proj_weight": True,
+    **{f"{side}_proj_weight": normal(4, 4 + i) for i, side in enumerate("qkv")},
+}
+OTHERS = (normal(6, 3, 4), normal(6, 3, 4) ** 2)
+LENGTHS = torch.tensor([4, 3, 3, 1])
+PACKED = torch.nn.utils.rnn.pack_padded_sequence(normal(4, 4, 5), LENGTHS, batch_first=True)
+
+
+def flat_weights(
+    gates: int, *, layers: int = 1, sides: int = 1, biases: bool = True, projected: int = 0
+) -> list[Tensor]:
+    """The flat weights of a recurrent network from width five to width three."""
+    found = []
+    for layer in range(layers):
+        for _ in range(sides):
+            width = projected or 3
+            found += [normal(3 * gates, 5 if layer == 0 else width * sides) / 2]
+            found += [normal(3 * gates, width) / 2]
+            found += [normal(3 * gates), normal(3 * gates) / 3] if biases else []
+            found += [normal(projected, 3)] if projected else []
+    return found
+
+
+def recurrence(
+    gates: int,
+    *,
+    packed: bool = False,
+    first: bool = True,
+    sides: int = 1,
+    layers: int = 1,
+    biases: bool = True,
+    projected: int = 0,
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Arguments of a recurrent network; with four gates it has a cell state."""
+    hidden = normal(layers * sides, 4, projected or 3)
+    state = [hidden, normal(layers * sides, 4, 3)] if gates == 4 else hidden
+    weights = flat_weights(gates, layers=layers, sides=sides, biases=biases, projected=projected)
+    rest = {
+        "params": weights,
+        "has_biases": biases,
+        "num_layers": layers,
+        "dropout": 0.0,
+        "train": False,
+        "bidirectional": sides == 2,
+    }
+    if packed:
+        return (PACKED.data,), {"batch_sizes": PACKED.batch_sizes, "hx": state, **rest}
+    inputs = normal(4, 2, 5) if first else normal(2, 4, 5)
+    return (inputs,), {"hx": state, **rest, "batch_first": first}
+
+
+def recurrences(gates: int) -> dict[str, Any]:
+    return {
+        "plain": recurrence(gates),
+        "time first, no biases": recurrence(gates, first=False, biases=False),
+        "two layers, both ways": recurrence(gates, layers=2, sides=2),
+        "packed": recurrence(gates, packed=True, sides=2),
+    }
+
+
+def cell(gates: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    hidden = normal(4, 3)
+    weights = dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), flat_weights(gates), strict=True))
+    return (normal(4, 5),), {"hx": [hidden, hidden + 1] if gates == 4 else hidden, **weights}
+
+
 RULE_CASES = {
+    torch.lstm: {**recurrences(4), "projected": recurrence(4, layers=2, projected=2)},
+    torch.gru: recurrences(3),
+    torch.rnn_tanh: recurrences(1),
+    torch.rnn_relu: recurrences(1),
+    torch.lstm_cell: {"plain": cell(4)},
+    torch.gru_cell: {"plain": cell(3)},
+    torch.rnn_tanh_cell: {"plain": cell(1)},
+    torch.rnn_relu_cell: {"plain": cell(1)},
+    torch._pack_padded_sequence: {
+        "batch first": ((normal(4, 5, 2),), {"lengths": LENGTHS, "batch_first": True}),
+        "time first": ((normal(5, 4),), {"lengths": LENGTHS, "batch_first": False}),
+    },
+    torch._pad_packed_sequence: {
+        "batch first": (
+            (PACKED.data,),
+            {
+                "batch_sizes": PACKED.batch_sizes,
+                "batch_first": True,
+                "padding_value": 0.0,
+                "total_length": -1,
+            },
+        ),
+        "longer": (
+            (PACKED.data,),
+            {
+                "batch_sizes": PACKED.batch_sizes,
+                "batch_first": False,
+                "padding_value": 2.0,
+                "total_length": 6,
+            },
+        ),
+    },
+    F.normalize: {
+        "plain": ((normal(5, 6),), {}),
+        "first dimension, wide margin": ((normal(5, 6),), {"dim": 0, "eps": 2.0}),
+        "another norm": ((normal(5, 6),), {"p": 1.0}),
+    },
     F.batch_norm: {
         "train": ((normal(6, 3, 4),), {**statistics(3), "training": True}),
         "train, affine": (
@@ -392,14 +499,37 @@ RULE_CASES = {
             (HIDDEN, HIDDEN, HIDDEN),
             {**ATTENTION, "attn_mask": normal(5, 5), "need_weights": True},
         ),
+        "other keys and values": ((HIDDEN, *OTHERS), ATTENTION),
+        "keys are values, more of both": (
+            (HIDDEN, OTHERS[0], OTHERS[0]),
+            {
+                **ATTENTION,
+                "bias_k": normal(1, 1, 4),
+                "bias_v": normal(1, 1, 4) + 1,
+                "add_zero_attn": True,
+            },
+        ),
+        "separate": ((HIDDEN, normal(6, 3, 5), normal(6, 3, 6)), SEPARATE),
+        "both masks": (
+            (HIDDEN, *OTHERS),
+            {
+                **ATTENTION,
+                "attn_mask": (normal(6, 5, 6) > 1) & (torch.arange(6) > 0),
+                "key_padding_mask": torch.tensor([[False] * 4 + [True] * 2] * 3),
+            },
+        ),
+        "one example": (
+            (HIDDEN[:, 0], *(side[:, 0] for side in OTHERS)),
+            {**ATTENTION, "need_weights": True, "average_attn_weights": False},
+        ),
     },
 }
 """For every rule the calls it is tried on: differentiated arguments, constant ones."""
 
 CALLS = [
-    pytest.param(operator, *call, id=f"{operator.__name__}, {name}")
+    pytest.param(operator, *arguments, id=f"{operator.__name__}, {name}")
     for operator in FORWARD_MODE_RULES
-    for name, call in RULE_CASES.get(operator, {}).items()
+    for name, arguments in RULE_CASES.get(operator, {}).items()
 ]
 
 
@@ -411,7 +541,7 @@ def call(operator, inputs, arguments, dtype=torch.float64) -> Tensor:
     """Call with copies in ``dtype``."""
 
     def cast(tensor: Tensor) -> Tensor:
-        return tensor.clone() if tensor.dtype is torch.bool else tensor.to(dtype, copy=True)
+        return tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
 
     inputs, arguments = tree_map_only(Tensor, cast, (inputs, arguments))
     return first(operator(*inputs, **arguments))
@@ -431,6 +561,7 @@ TOLERANCES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(("operator", "inputs", "arguments"), CALLS)
 def test_rules_equal_the_operator(operator, inputs, arguments, dtype):
@@ -514,3 +645,47 @@ def test_attention_drops_weights_at_the_rate_asked_for():
     # 65,536 draws: a standard deviation of 0.0018.
     assert dropped == pytest.approx(0.3, abs=0.01)
     assert torch.allclose(kept[kept != 0], whole[kept != 0] / 0.7)
+
+
+def test_vectors_of_zeros_have_a_finite_normalised_tangent():
+    inputs = torch.cat([torch.zeros(1, 3), torch.ones(1, 3)]).double()
+    direction = normal(2, 3).requires_grad_()
+    push_forward(F.normalize, [inputs], [direction], {}).square().sum().backward()
+    assert direction.grad.isfinite().all()
+    assert direction.grad[1].any()
+
+
+class Leaf(nn.Sequential):
+    """Wraps a module in one that cannot be traced through."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__(Branching(core))
+
+
+class Branching(nn.Module):
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.core(inputs) if inputs.isfinite().all() else inputs
+
+
+class Distances(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 3), nn.Linear(2, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.outer(torch.cdist(self.inner(inputs)[:, None], torch.eye(2, 3)[None])[:, 0])
+
+
+@pytest.mark.parametrize(("wrap", "place"), [(nn.Sequential, "the forward"), (Leaf, "'0.core'")])
+def test_an_operator_without_a_derivative_is_named_at_conversion(wrap, place):
+    model = wrap(Distances())
+    message = rf"'_cdist_forward' has none. It is called in '?{place}.*method=\"centered\""
+    with pytest.raises(UnsupportedModuleError, match=message):
+        stnify.stnify(model, [WeightDecay()], example_inputs=torch.randn(4, 3))
+    options = {"example_inputs": torch.randn(4, 3), "method": "centered"}
+    stn = stnify.stnify(model, [WeightDecay()], **options)
+    assert len(stn.plan.weights) == 2

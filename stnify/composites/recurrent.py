@@ -51,7 +51,7 @@ class _Weights(NamedTuple):
 
 
 def recurrent_network(
-    step: Step, linear: Linear, *args: Any, order: Tensor | None = None
+    step: Step, linear: Linear, *args: Any, order: Tensor | None = None, **named: Any
 ) -> tuple[Tensor, ...]:
     """Return what ``torch.lstm``, ``torch.gru`` or ``torch.rnn_*`` returns: outputs, then states.
 
@@ -63,7 +63,9 @@ def recurrent_network(
             batch_sizes, state, parameters, ...)`` in the order of its lengths.
         order: Which example comes where in a packed batch. ``linear`` sees examples in their own
             order; it is needed only where that matters.
+        named: The last of the arguments, in their order.
     """
+    args = (*args, *named.values())
     if not isinstance(args[3], bool):
         return _packed_network(step, linear, order, *args)
     inputs, state, parameters, biases, layers, dropout, training, bidirectional, first = args
@@ -110,17 +112,17 @@ def _packed_network(
 def recurrent_cell(
     step: Step,
     linear: Linear,
-    inputs: Tensor,
-    state: Tensor | Sequence[Tensor],
-    input_weight: Tensor,
-    hidden_weight: Tensor,
-    input_bias: Tensor | None = None,
-    hidden_bias: Tensor | None = None,
+    input: Tensor,
+    hx: Tensor | Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Return what ``torch.lstm_cell``, ``torch.gru_cell`` or ``torch.rnn_*_cell`` returns."""
-    states = _states(state)
-    of_input = linear(inputs, input_weight, input_bias)
-    found = step(of_input, linear(states[0], hidden_weight, hidden_bias), states)
+    states = _states(hx)
+    of_input = linear(input, w_ih, b_ih)
+    found = step(of_input, linear(states[0], w_hh, b_hh), states)
     return found if len(found) > 1 else found[0]
 
 

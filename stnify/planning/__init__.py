@@ -44,7 +44,8 @@ def make_plan(
     weights, refusals = weight_sites(model, traced, exclude) if responds else ([], [])
     if responds and not any(site.weight_responds or site.bias_responds for site in weights):
         kinds = sorted({*WEIGHT_MODULES.values()})
-        refused = "; ".join(f"{r.name}: {r.reason}" for r in refusals) or "it has no such layer"
+        named = [f"{r.name or '(root)'}: {r.reason}" for r in refusals]
+        refused = "; ".join(named) or "it has no such layer"
         raise UnsupportedModuleError(
             f"{type(model).__name__} must hold at least one trainable layer that can respond "
             f"({', '.join(kinds)}), but there is none to rewrite: {refused}."

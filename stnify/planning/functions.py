@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -74,6 +75,21 @@ class FunctionSites:
             yield from self._composite(node, *COMPOSITE_FUNCTIONS[function])
         elif node.op == "call_function":
             yield from self._whole(node)
+
+    def renamed(self, site: WeightSite, module: nn.Module) -> WeightSite:
+        """Return a site found in a module by itself, with the names of the whole model."""
+        parameters = dict(module.named_parameters())
+        weight, bias = self.names[id(parameters[site.weight])], None
+        if site.bias is not None:
+            bias = self.names[id(parameters[site.bias])]
+        return replace(
+            site,
+            name=weight.rpartition(".")[0],
+            weight=weight,
+            bias=bias,
+            value=None,
+            value_bias=None,
+        )
 
     def _direct(self, node: fx.Node) -> Iterator[WeightSite | Refusal]:
         assert callable(node.target)

@@ -19,7 +19,7 @@ from stnify.planning.modules import (
     own_weights,
     reason_against,
 )
-from stnify.trace import Traced
+from stnify.trace import Traced, trace
 
 
 def weight_sites(
@@ -69,6 +69,27 @@ def _candidates(model: nn.Module, traced: Traced) -> Iterator[WeightSite | Refus
                 found = _module_site(functions.names, child, name, own, key)
                 if isinstance(found, WeightSite):
                     found = replace(found, way="swap", inside=owner)
+                yield found
+            for bare in _bare_weights(child):
+                site = functions.renamed(bare, child)
+                yield replace(site, way="swap", inside=owner, node=f"{node.name}:{site.weight}")
+
+
+def _bare_weights(module: nn.Module) -> Iterator[WeightSite]:
+    """Yield what a module of no known kind does with its own parameters, traced by itself."""
+    known = {own.weight for own in own_weights(module)}
+    own = {n for n, p in module.named_parameters(recurse=False) if p.ndim >= 2} - known
+    if not own or type(module).__module__.startswith("torch.nn"):
+        return
+    traced = trace(module)
+    functions = FunctionSites(module, traced)
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            continue
+        for found in functions.find(node):
+            if not isinstance(found, WeightSite) or found.weight not in own:
+                continue
+            if found.computed is None and not found.transposed:
                 yield found
 
 

@@ -72,6 +72,8 @@ def _trace_in_mode(
                     graph = tracer.trace(model)
                 refuse_draws(draws)
                 refuse_changes(model, attributes)
+                if tracer.fixed and not any(node.op == "placeholder" for node in graph.nodes):
+                    graph = _one_leaf(tracer, "every argument of its forward is optional")
                 break
             except Exception as error:
                 if not functions.leave_whole(error):

@@ -75,6 +75,10 @@ def refuse_draws(before: tuple[Any, ...]) -> None:
         raise RuntimeError("it draws random numbers that do not depend on its inputs")
 
 
+CONSTANT = "_tensor_constant"
+"""How fx names the tensors made while tracing, which it keeps on the root."""
+
+
 class ChangedAttributeError(RuntimeError):
     """A module changes attributes of its own, which a graph would not do again.
 
@@ -93,7 +97,7 @@ class UnknownWhileTracing:
 
 def refuse_changes(module: nn.Module, before: dict[str, Any]) -> None:
     """Raise ChangedAttributeError if a module's own attributes have changed."""
-    now = module.__dict__
+    now = {n: v for n, v in module.__dict__.items() if not n.startswith(CONSTANT)}
     changed = [n for n, value in now.items() if n not in before or before[n] is not value]
     if changed:
         raise ChangedAttributeError(changed)
