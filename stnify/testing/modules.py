@@ -251,17 +251,17 @@ class Tied(nn.Module):
     def __init__(self, features: int, transposed: bool = False) -> None:
         super().__init__()
         self.first = nn.Linear(features, features)
-        self.second = nn.Linear(features, features)
-        self.transposed = transposed
-        if not transposed:
+        self.second = None if transposed else nn.Linear(features, features)
+        if self.second is not None:
             self.second.weight = self.first.weight
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the second of the first."""
         hidden = self.first(inputs).tanh()
-        if self.transposed:
-            return F.linear(hidden, self.first.weight.t(), self.second.bias)
-        return self.second(hidden)
+        if self.second is None:
+            return F.linear(hidden, self.first.weight.t(), self.first.bias)
+        outputs: Tensor = self.second(hidden)
+        return outputs
 
 
 class TiedVocabulary(nn.Module):

@@ -352,7 +352,7 @@ def _around(draw: Draw, shape: Shape) -> Part:
     """Draw a part that holds others."""
     kinds = ["keeping", "parallel", "frozen", "branching", "tied"]
     if len(shape) == 2:
-        kinds.append("folded")
+        kinds += ["folded"] * 3
     kind = draw(st.sampled_from(kinds))
     if kind == "folded":
         inner = draw(_weighted(shape[1:]))

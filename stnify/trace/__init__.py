@@ -47,10 +47,20 @@ def trace(
         The graph; if ``model.forward`` itself cannot be traced, it is one call of the whole model.
     """
     names = require_each(leaves, dict(model.named_modules()), "`leaves`")
-    tracer, graph, constants, whole = _trace_in_mode(model, names, given, training=True)
-    _, other, _, _ = _trace_in_mode(model, [*names, *tracer.opaque], given, training=False)
-    if _structure(graph) != _structure(other):
-        graph, constants = _one_leaf(tracer, "it computes something else in eval mode"), {}
+    differing: dict[str, str] = {}
+    while True:
+        held = [*names, *differing]
+        tracer, graph, constants, whole = _trace_in_mode(model, held, given, training=True)
+        held += tracer.opaque
+        in_eval, other, _, _ = _trace_in_mode(model, held, given, training=False)
+        found = (_differing(graph, other) | in_eval.opaque.keys()) - set(held)
+        if not found:
+            break
+        if "" in found:
+            graph, constants, differing = _one_leaf(tracer, OTHER_IN_EVAL), {}, {}
+            break
+        differing.update(dict.fromkeys(found, f"cannot be traced through ({OTHER_IN_EVAL})"))
+    tracer.opaque = differing | tracer.opaque
     return Traced(graph, tracer.outputs, tracer.opaque, constants, tracer.fixed, whole)
 
 
@@ -83,9 +93,22 @@ def _trace_in_mode(
     return tracer, graph, constants, frozenset(functions.whole)
 
 
-def _structure(graph: fx.Graph) -> list[tuple[str, str]]:
-    """Return what a graph calls, in order, without the constants it was traced with."""
-    return [(node.op, str(node.target)) for node in graph.nodes if node.op != "get_attr"]
+OTHER_IN_EVAL = "it computes something else in eval mode"
+
+
+def _differing(one: fx.Graph, other: fx.Graph) -> set[str]:
+    """Return the modules whose own code calls something else, or in another order."""
+    first, second = _by_module(one), _by_module(other)
+    return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+
+
+def _by_module(graph: fx.Graph) -> dict[str, list[tuple[str, str]]]:
+    """Return what each module's code calls, without the constants it was traced with."""
+    calls: dict[str, list[tuple[str, str]]] = {}
+    for node in graph.nodes:
+        if node.op not in {"get_attr", "placeholder", "output"}:
+            calls.setdefault(caller(node), []).append((node.op, str(node.target)))
+    return calls
 
 
 def _one_leaf(tracer: SiteTracer, reason: str) -> fx.Graph:
