@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from zoo import ZOO, images
 
 from benchmarks import random_modules
 from stnify import STN, Dropout, Hyperparameter, UsageError, WeightDecay, stnify, testing
@@ -121,6 +122,12 @@ def opened(build=perceptron, hparams=None) -> STN:
 def test_good_models_pass(name, model):
     build, inputs, hparams = GOOD[model]
     ASSERTIONS[name](build(), inputs, hparams)
+
+
+@pytest.mark.parametrize("model", ["functional", "timm vit_tiny", "timm convnext_atto"])
+@pytest.mark.parametrize("name", ["identity", "rows_independent", "gradients_separated"])
+def test_networks_pass(name, model):
+    ASSERTIONS[name](ZOO[model](), images(2))
 
 
 @every_assertion
@@ -638,7 +645,7 @@ KINDS = (
 def test_every_kind_of_layer_is_drawn():
     seen: set[str] = set()
 
-    @settings(quickly, max_examples=500, derandomize=True)
+    @settings(quickly, max_examples=1000, derandomize=True)
     @given(strategies.random_modules())
     def draw(drawn):
         seen.update(type(module).__name__ for module in drawn.build()[0].modules())
