@@ -29,7 +29,7 @@ class Case:
         left: Matrices and kernels that do not respond.
         shared: Layers whose rows belong to no single example.
         optional: Whether an argument that may be left out is given; an example must show it.
-        bare: Whether its weights are parameters that only functions use.
+        lost: Whether no weight of it can be recognised in code that is not traced.
         uncalled: Layers that a call of the smallest size does not reach.
         blind: How many of the last outputs no response reaches.
         independent: False where the first dimension of the inputs does not count examples, or the
@@ -44,7 +44,7 @@ class Case:
     left: frozenset[str] = NOTHING
     shared: frozenset[str] = NOTHING
     optional: bool = False
-    bare: bool = False
+    lost: bool = False
     uncalled: frozenset[str] = NOTHING
     blind: int = 0
     independent: bool = True
@@ -243,7 +243,7 @@ class TiedHead(nn.Module):
         return self.head(self.mix(self.embedding(words)).tanh())
 
 
-@awkward(sequences, bare=True)
+@awkward(sequences, lost=True)
 class SlicesOfOneParameter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -256,7 +256,7 @@ class SlicesOfOneParameter(nn.Module):
         return (queries @ keys.transpose(1, 2)).softmax(-1) @ values
 
 
-@awkward(sequences, bare=True)
+@awkward(sequences, lost=True)
 class ChunksOfOneParameter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -301,7 +301,7 @@ class CosineClassifier(nn.Module):
         return self.temperature * F.linear(features, F.normalize(self.weight, dim=-1))
 
 
-@awkward(vectors, bare=True)
+@awkward(vectors, lost=True)
 class ParametersInContainers(nn.Module):
     def __init__(self):
         super().__init__()
@@ -327,7 +327,7 @@ class PartlyFrozen(nn.Module):
         return self.last(torch.celu_(self.shift(self.trunk(inputs).tanh())))
 
 
-@awkward(sequences, left=frozenset({"base.weight"}), bare=True)
+@awkward(sequences, left=frozenset({"base.weight"}))
 class LowRankAdapter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -341,7 +341,7 @@ class LowRankAdapter(nn.Module):
 # Products with parameters -------------------------------------------------------------------------
 
 
-@awkward(sequences, bare=True)
+@awkward(sequences)
 class EinsumOnParameter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -352,7 +352,7 @@ class EinsumOnParameter(nn.Module):
         return torch.einsum("blo,hko->bhlk", hidden, self.heads)
 
 
-@awkward(sequences, bare=True)
+@awkward(sequences)
 class MatmulOnParameter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -373,7 +373,7 @@ class ParameterFirst(nn.Module):
         return self.last((self.weight @ inputs.unsqueeze(-1)).squeeze(-1).tanh())
 
 
-@awkward(vectors, bare=True)
+@awkward(vectors)
 class AddmmOnParameter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -449,6 +449,17 @@ def silently(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return function(*args, **kwargs)
+
+
+@awkward(vectors, left=frozenset({"layer.weight_g", "layer.weight_v"}))
+class OldWeightNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = silently(nn.utils.weight_norm, nn.Linear(WIDTH, 4))
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.last(self.layer(inputs).tanh())
 
 
 @awkward(vectors, left=frozenset({"layer.parametrizations.weight.original0"}))

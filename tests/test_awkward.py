@@ -30,7 +30,7 @@ def _case(request) -> Case:
     return AWKWARD[request.param]
 
 
-INSIDE = [name for name, case in AWKWARD.items() if not case.bare]
+INSIDE = [name for name, case in AWKWARD.items() if not case.lost]
 
 
 @pytest.fixture(params=[*AWKWARD, *(f"{name} inside" for name in INSIDE)], name="anywhere")
@@ -382,8 +382,8 @@ def test_an_optional_argument_that_no_example_shows_is_refused_in_training():
         run(stn.model, case.inputs(3, 4))
 
 
-@pytest.mark.parametrize("name", [name for name, case in AWKWARD.items() if case.bare])
-def test_weights_that_only_untraceable_code_uses_are_refused(name):
+@pytest.mark.parametrize("name", [name for name, case in AWKWARD.items() if case.lost])
+def test_a_model_without_any_weight_to_recognise_is_refused(name):
     with pytest.raises(
         UnsupportedModuleError, match=r"there is none to rewrite: .*cannot be traced"
     ):
