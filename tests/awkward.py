@@ -28,6 +28,7 @@ class Case:
         smooth: Whether the tangent must agree with central differences.
         left: Matrices and kernels that do not respond.
         shared: Layers whose rows belong to no single example.
+        computed: Whether a weight that responds is computed from its parameter.
         optional: Whether an argument that may be left out is given; an example must show it.
         lost: Whether no weight of it can be recognised in code that is not traced.
         uncalled: Layers that a call of the smallest size does not reach.
@@ -43,6 +44,7 @@ class Case:
     smooth: bool = True
     left: frozenset[str] = NOTHING
     shared: frozenset[str] = NOTHING
+    computed: bool = False
     optional: bool = False
     lost: bool = False
     uncalled: frozenset[str] = NOTHING
@@ -243,7 +245,7 @@ class TiedHead(nn.Module):
         return self.head(self.mix(self.embedding(words)).tanh())
 
 
-@awkward(sequences, lost=True)
+@awkward(sequences, lost=True, computed=True)
 class SlicesOfOneParameter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -256,7 +258,7 @@ class SlicesOfOneParameter(nn.Module):
         return (queries @ keys.transpose(1, 2)).softmax(-1) @ values
 
 
-@awkward(sequences, lost=True)
+@awkward(sequences, lost=True, computed=True)
 class ChunksOfOneParameter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -289,7 +291,7 @@ class NeverUsed(nn.Module):
         return self.used(inputs)
 
 
-@awkward(vectors)
+@awkward(vectors, computed=True)
 class CosineClassifier(nn.Module):
     def __init__(self):
         super().__init__()
@@ -462,7 +464,7 @@ class OldWeightNorm(nn.Module):
         return self.last(self.layer(inputs).tanh())
 
 
-@awkward(vectors, left=frozenset({"layer.parametrizations.weight.original0"}))
+@awkward(vectors, left=frozenset({"layer.parametrizations.weight.original0"}), computed=True)
 class NewWeightNorm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -484,7 +486,7 @@ class OldSpectralNorm(nn.Module):
         return self.last(self.layer(inputs).tanh())
 
 
-@awkward(images)
+@awkward(images, computed=True)
 class NewSpectralNorm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -502,7 +504,7 @@ class Symmetric(nn.Module):
         return matrix.triu() + matrix.triu(1).transpose(-1, -2)
 
 
-@awkward(vectors)
+@awkward(vectors, computed=True)
 class OwnParametrization(nn.Module):
     def __init__(self):
         super().__init__()
@@ -1204,7 +1206,7 @@ class LooksAtATable(nn.Module):
         return self.inner(inputs) + self.table(self.coordinates)[: inputs.shape[1]].tanh()
 
 
-@awkward(graphs, sizes=(4, 5), shared=frozenset({"message", "update", "head"}))
+@awkward(graphs, sizes=(4, 5), shared=frozenset({"message", "update", "head"}), independent=False)
 class MessagePassing(nn.Module):
     """Two rounds of messages along edges, then a mean over each graph's nodes."""
 

@@ -25,24 +25,22 @@ pytestmark = [
 HPARAMS = [WeightDecay(init=1e-3), Hyperparameter("free", 0.5, (0.0, 1.0))]
 
 
-@pytest.fixture(params=AWKWARD, name="case")
-def _case(request) -> Case:
-    return AWKWARD[request.param]
+def wrapped(case: Case) -> Case:
+    """The same inside a module that cannot be traced, so that it is swapped as a whole."""
+    build = case.build
+    return replace(case, build=lambda: DataDependent(build()), inside="inner.", computed=False)
 
 
-INSIDE = [name for name, case in AWKWARD.items() if not case.lost]
+CASES = {
+    **AWKWARD,
+    **{f"{name} inside": wrapped(case) for name, case in AWKWARD.items() if not case.lost},
+}
 
 
-@pytest.fixture(params=[*AWKWARD, *(f"{name} inside" for name in INSIDE)], name="anywhere")
-def _anywhere(request) -> Case:
-    """A case, or the same inside a module that cannot be traced, so that it is swapped."""
-    name, _, inside = request.param.partition(" ")
-    case = AWKWARD[name]
-    return replace(case, build=wrapped(case), inside="inner.") if inside else case
-
-
-def wrapped(case: Case) -> Callable[[], nn.Module]:
-    return lambda: DataDependent(case.build())
+def each(chosen: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
+    """Run a test on every case, as it is and inside another, that is ``chosen``."""
+    cases = [pytest.param(case, id=name) for name, case in CASES.items() if chosen(case)]
+    return pytest.mark.parametrize("case", cases)
 
 
 def build(case: Case) -> nn.Module:
@@ -119,12 +117,13 @@ def rows_of(call: Call) -> int:
     return batch_size(call)
 
 
+@each()
 @pytest.mark.parametrize("runs", ["model", "graph"])
-def test_eval_mode_is_the_original(anywhere, runs):
-    model, twin = build(anywhere).eval(), build(anywhere).eval()
-    stn = converted(anywhere, model)
+def test_eval_mode_is_the_original(case, runs):
+    model, twin = build(case).eval(), build(case).eval()
+    stn = converted(case, model)
     runner = stn.model if runs == "model" else stn.model._graph
-    for call in all_calls(anywhere):
+    for call in all_calls(case):
         found, expected = run(runner, call), run(twin, call)
         assert same(found, expected)
     with torch.no_grad():  # negative control
@@ -133,9 +132,10 @@ def test_eval_mode_is_the_original(anywhere, runs):
     assert not same(found, run(twin, call))
 
 
-def test_verification_passes_and_export_is_the_original(anywhere):
-    model, twin = build(anywhere).eval(), build(anywhere).eval()
-    call = anywhere.inputs(3, anywhere.sizes[0])
+@each()
+def test_verification_passes_and_export_is_the_original(case):
+    model, twin = build(case).eval(), build(case).eval()
+    call = case.inputs(3, case.sizes[0])
     stn = convert(model, call)
     assert not any("assumed" in site.layout for site in stn.plan.weights)
     exported = stn.export()
@@ -143,10 +143,11 @@ def test_verification_passes_and_export_is_the_original(anywhere):
     assert same(exported(*call[0], **call[1]), twin(*call[0], **call[1]))
 
 
-def test_train_mode_is_the_original_with_its_gradients_and_state(anywhere):
-    model, twin = build(anywhere).train(), build(anywhere).train()
-    stn = converted(anywhere, model)
-    for call in all_calls(anywhere):
+@each()
+def test_train_mode_is_the_original_with_its_gradients_and_state(case):
+    model, twin = build(case).train(), build(case).train()
+    stn = converted(case, model)
+    for call in all_calls(case):
         outputs = []
         for module in (stn.model, twin):
             torch.manual_seed(1)
@@ -158,10 +159,11 @@ def test_train_mode_is_the_original_with_its_gradients_and_state(anywhere):
     assert all(parameter.grad is None for parameter in stn.model.response_parameters().values())
 
 
-def test_what_changes_later_is_seen(anywhere):
+@each()
+def test_what_changes_later_is_seen(case):
     """Schedules change buffers, optimizers and loads change everything."""
-    model, twin = build(anywhere).train(), build(anywhere).train()
-    stn, call = converted(anywhere, model), anywhere.inputs(3, anywhere.sizes[0])
+    model, twin = build(case).train(), build(case).train()
+    stn, call = converted(case, model), case.inputs(3, case.sizes[0])
     before = run(twin, call)
     assert same(run(stn.model, call), before)
     for module in (model, twin):
@@ -211,8 +213,9 @@ def repr_of(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | None) else type(value)
 
 
-def test_the_module_is_left_as_it_was(anywhere):
-    model = build(anywhere)
+@each()
+def test_the_module_is_left_as_it_was(case):
+    model = build(case)
     modes = [module.training for module in model.modules()]
     before, weights = state(model), {n: Bits(p) for n, p in model.named_parameters()}
     attributes = [list(vars(module)) for module in model.modules()]
@@ -220,7 +223,7 @@ def test_the_module_is_left_as_it_was(anywhere):
         (len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()
     ]
     random = torch.get_rng_state()
-    convert(model, anywhere.inputs(2, anywhere.sizes[0]))
+    convert(model, case.inputs(2, case.sizes[0]))
     assert torch.equal(torch.get_rng_state(), random)
     assert state(model) == before
     assert {n: Bits(p) for n, p in model.named_parameters()} == weights
@@ -232,9 +235,12 @@ def test_the_module_is_left_as_it_was(anywhere):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@each(lambda case: not case.inside)
 def test_every_matrix_responds_or_is_refused_with_a_reason(case):
     model = build(case)
-    plan = convert(model).plan
+    stn = convert(model)
+    assert bool(stn.model.computed_weights()) == case.computed
+    plan = stn.plan
     matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
     responding = {site.weight for site in plan.weights if site.weight_responds}
     assert matrices - responding == case.left
@@ -251,11 +257,12 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def test_the_response_pass_is_finite_and_changes_nothing(anywhere):
-    model = build(anywhere).train()
-    stn = converted(anywhere, model)
+@each()
+def test_the_response_pass_is_finite_and_changes_nothing(case):
+    model = build(case).train()
+    stn = converted(case, model)
     open_gates(stn)
-    call = anywhere.inputs(3, anywhere.sizes[0])
+    call = case.inputs(3, case.sizes[0])
     before, identities = state(model), {key: id(p) for key, p in named(stn.model).items()}
     outputs = linearized(stn, call, torch.randn(rows_of(call), len(HPARAMS)))
     assert all(output.isfinite().all() for output in outputs)
@@ -269,13 +276,12 @@ def test_the_response_pass_is_finite_and_changes_nothing(anywhere):
     assert {key: id(parameter) for key, parameter in named(stn.model).items()} == identities
 
 
-def test_tangents_are_central_differences(anywhere):
-    if not anywhere.smooth:
-        return
+@each(lambda case: case.smooth)
+def test_tangents_are_central_differences(case):
     with double_precision():
         stn, call = (
-            converted(anywhere, build(anywhere).train()),
-            anywhere.inputs(3, anywhere.sizes[0]),
+            converted(case, build(case).train()),
+            case.inputs(3, case.sizes[0]),
         )
         open_gates(stn)
         epsilon, step = torch.randn(rows_of(call), len(HPARAMS)), 1e-5
@@ -292,12 +298,12 @@ def test_tangents_are_central_differences(anywhere):
     assert changes > 1e-3
 
 
-def test_the_perturbed_pass_is_the_original_with_other_weights(anywhere):
+@each(lambda case: not case.computed)
+def test_the_perturbed_pass_is_the_original_with_other_weights(case):
     with double_precision():
-        model, twin = build(anywhere).eval(), build(anywhere).eval()
-        stn, call = converted(anywhere, model), anywhere.inputs(3, anywhere.sizes[0])
-        if stn.model.computed_weights():
-            return
+        model, twin = build(case).eval(), build(case).eval()
+        stn, call = converted(case, model), case.inputs(3, case.sizes[0])
+        assert not stn.model.computed_weights()
         open_gates(stn)
         epsilon = torch.randn(len(HPARAMS))
         changed = weights_at(stn, epsilon)
@@ -305,7 +311,7 @@ def test_the_perturbed_pass_is_the_original_with_other_weights(anywhere):
             found = perturbed(stn, call, epsilon.expand(rows_of(call), -1))
             expected = tensors(functional_call(twin, changed, *call))
             plain = tensors(twin(*call[0], **call[1]))
-    found = found[: len(found) - anywhere.blind]
+    found = found[: len(found) - case.blind]
     expected, plain = expected[: len(found)], plain[: len(found)]
     close = [
         torch.allclose(*pair, rtol=1e-9, atol=1e-11) for pair in zip(found, expected, strict=True)
@@ -326,15 +332,16 @@ def weights_at(stn: STN, epsilon: Tensor) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in changed.items()}
 
 
-def test_each_example_has_its_own_perturbation(anywhere):
-    call = anywhere.inputs(3, anywhere.sizes[0])
-    stn = convert(build(anywhere).eval(), call)
+@each()
+def test_each_example_has_its_own_perturbation(case):
+    call = case.inputs(3, case.sizes[0])
+    stn = convert(build(case).eval(), call)
     shared = {site.name for site in stn.plan.weights if site.layout.startswith("shared")}
-    uncalled = {f"{anywhere.inside}{name}" for name in anywhere.uncalled}
-    assert shared - uncalled == {f"{anywhere.inside}{name}" for name in anywhere.shared}
-    if len(shared) == len({site.name for site in stn.plan.weights}) or not anywhere.independent:
+    uncalled = {f"{case.inside}{name}" for name in case.uncalled}
+    assert shared - uncalled == {f"{case.inside}{name}" for name in case.shared}
+    if not case.independent:
         return
-    open_gates(stn, (RowLayout.BATCH,))
+    open_gates(stn, tuple(layout for layout in RowLayout if layout is not RowLayout.SHARED))
     block = rows_of(call) // 3
     response_input = torch.randn(3 * block, len(HPARAMS))
     changed = response_input.clone()
@@ -352,9 +359,10 @@ def batch_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return loss_of(model(*batch["args"], **batch["kwargs"])) + 0.0 * unused
 
 
-def test_all_kinds_of_step_run(anywhere):
-    model = build(anywhere).train()
-    args, kwargs = anywhere.inputs(3, anywhere.sizes[0])
+@each()
+def test_all_kinds_of_step_run(case):
+    model = build(case).train()
+    args, kwargs = case.inputs(3, case.sizes[0])
     batch = {"args": args, "kwargs": kwargs, "target": torch.zeros(3)}
     stn = stnify(
         model,
@@ -364,7 +372,7 @@ def test_all_kinds_of_step_run(anywhere):
         valid_loader=[batch],
         train_steps=1,
         warmup_steps=0,
-        example_inputs=as_example((args, kwargs)) if anywhere.optional else None,
+        example_inputs=as_example((args, kwargs)) if case.optional else None,
         verify=False,
         seed=0,
     )
