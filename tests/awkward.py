@@ -177,6 +177,20 @@ def masked(examples: int, size: int) -> Call:
     return (normal(examples, size, WIDTH),), {"mask": keep}
 
 
+def with_lengths(examples: int, size: int) -> Call:
+    lengths = (torch.arange(examples) * 2 + 1) % size + 1
+    return (normal(examples, size, WIDTH), lengths), {}
+
+
+def with_table(examples: int, size: int) -> Call:
+    """A mask that belongs to no example, and is as long as there are examples at size 3."""
+    return (normal(examples, size, WIDTH), torch.ones(size, size, dtype=torch.bool).tril()), {}
+
+
+def pairs(examples: int, size: int) -> Call:
+    return (normal(2 * examples, WIDTH),), {}
+
+
 def graphs(examples: int, size: int) -> Call:
     """``examples`` rings of ``size`` nodes, in one list of nodes."""
     nodes = torch.arange(examples * size)
@@ -190,6 +204,8 @@ RESOLUTIONS: dict[Callable[..., Call], tuple[int, ...]] = {
     time_major: (4, 7),
     tokens: (4, 7),
     masked: (4, 7),
+    with_lengths: (4, 7),
+    with_table: (3, 7),
     images: (8, 11),
     videos: (6, 8),
 }
@@ -1180,6 +1196,57 @@ class TimeMajorInside(nn.Module):
     def forward(self, inputs):
         hidden = self.inner(inputs.transpose(0, 1)).tanh()
         return self.last(hidden.mean(0))
+
+
+@awkward(several)
+class ViewsOneAfterTheOther(nn.Module):
+    """Encodes several views of each example as one batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(WIDTH, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, one, other, third):
+        first, second, last = self.encoder(torch.cat([one, other, third])).chunk(3)
+        return first * second + last
+
+
+@awkward(pairs, shared=frozenset({"layer"}))
+class PairsInTheBatch(nn.Module):
+    """Takes neighbours in the batch for pairs, so that odd batches fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer = nn.Linear(WIDTH, 4), nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.layer(self.first(inputs).tanh().view(-1, 8))
+
+
+@awkward(with_lengths, shared=frozenset({"inner"}))
+class SortedByLength(nn.Module):
+    """Puts the longest first, as code for packed sequences once had to."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = nn.Linear(WIDTH, 4), nn.Linear(4, 3)
+
+    def forward(self, inputs, lengths):
+        order = lengths.argsort(descending=True)
+        kept = torch.arange(inputs.shape[1]) < lengths[order, None]
+        hidden = (self.inner(inputs[order]).tanh() * kept.unsqueeze(-1)).sum(1)
+        return self.last(hidden[order.argsort()])
+
+
+@awkward(with_table)
+class MaskOfNoExample(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.score, self.value = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 3)
+
+    def forward(self, inputs, mask):
+        scores = self.score(inputs).transpose(1, 2).masked_fill(~mask, -1e4)
+        return scores.softmax(-1) @ self.value(inputs)
 
 
 @awkward(sequences)
