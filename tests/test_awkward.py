@@ -157,6 +157,7 @@ def test_train_mode_is_the_original_with_its_gradients_and_state(case):
         assert gradients(model) == gradients(twin)
         assert state(model) == state(twin)
     assert all(parameter.grad is None for parameter in stn.model.response_parameters().values())
+    assert any(found is not None and found.tensor.any() for found in gradients(model).values())
 
 
 @each()
@@ -211,6 +212,16 @@ def state(model: nn.Module) -> dict[str, Any]:
 def repr_of(value: Any) -> Any:
     """What tells a value from another one, for values that do not hold modules or functions."""
     return value if isinstance(value, bool | int | float | str | None) else type(value)
+
+
+@pytest.mark.parametrize(
+    "name", ["MovingAverages", "ReplacedBuffer", "CountsItsCalls", "LeavesALossOnItself"]
+)
+def test_what_a_call_changes_would_be_seen(name):
+    model = build(AWKWARD[name]).train()
+    before = state(model)
+    run(model, AWKWARD[name].inputs(2, WIDTH))
+    assert state(model) != before
 
 
 @each()
