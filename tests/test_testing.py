@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -710,3 +711,13 @@ def test_the_benchmark_counts_every_module_and_keeps_failures(monkeypatch, tmp_p
     (tmp_path / "report.json").write_text(json.dumps(report))
     assert random_modules.continued(tmp_path / "report.json", seed=7) == report
     assert random_modules.continued(tmp_path / "report.json", seed=8)["count"] == 0
+
+
+def test_the_readme_says_what_the_longest_run_found():
+    report = json.loads(random_modules.RESULTS.read_text())
+    readme = " ".join((Path(__file__).parent.parent / "README.md").read_text().split())
+    refused = sum(report["refused"].values())
+    assert report["count"] == report["exact"] + refused + len(report["failed"])
+    assert f"{report['exact']:,} of {report['count']:,} exact, {refused:,} refused" in readme
+    assert f"{report['exact'] + 1:,} of {report['count']:,} exact" not in readme
+    assert report["failed"] == []
