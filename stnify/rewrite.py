@@ -87,7 +87,7 @@ def rewrite(
         _watch(copy, nodes, name, [(call, layers[call.node]) for call in calls], tunables, inputs)
     _keep_whole(copy, plan, tunables)
     swaps.place(copy, tunables, inputs)
-    shell = TunableModule(model, tunables, stream, uses, plan.traced.fixed)
+    shell = TunableModule(model, tunables, stream, uses, plan.traced.fixed, plan.traced.through)
     copy.lint()
     shell.attach(fx.GraphModule(shell, copy, class_name=type(model).__name__))
     return shell

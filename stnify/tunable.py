@@ -6,7 +6,7 @@ at the current hyperparameters. Perturbed passes run the same graph, under ``run
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -105,6 +105,7 @@ class TunableModule(nn.Module):
         stream: Where noise is drawn from.
         uses: Name of each weight that meets hyper layers, to the calls in which it does.
         fixed: Optional arguments of the original's forward, and the defaults they were traced with.
+        through: Modules whose code the graph replaces.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class TunableModule(nn.Module):
         stream: RandomStream,
         uses: Mapping[str, Sequence[Use]],
         fixed: Mapping[str, Any],
+        through: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.training = original.training
@@ -121,6 +123,7 @@ class TunableModule(nn.Module):
         state["_original"] = original
         state["_uses"] = {weight: tuple(layers) for weight, layers in uses.items()}
         state["_fixed"] = dict(fixed)
+        state["_numbers"] = {name: _numbers(original.get_submodule(name)) for name in through}
         state["_stream"] = stream
         state["_graph"] = None
         state["_running"] = None
@@ -160,7 +163,11 @@ class TunableModule(nn.Module):
                 f"a converted model keeps its modules and parameters, but {name!r} would be set. "
                 f"Change the model before converting it, or convert `stn.export()` anew."
             )
-        super().__setattr__(name, value)
+        original = self.__dict__.get("_original")
+        if original is not None and name not in self.__dict__ and hasattr(original, name):
+            setattr(original, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getitem__(self, key: Any) -> Any:
         return self._original[key]
@@ -287,6 +294,22 @@ class TunableModule(nn.Module):
                     f"but got {given[name]!r}. Give it in `example_inputs=` of stnify()."
                 )
 
+    def refuse_changed_numbers(self) -> None:
+        """Raise UsageError if an attribute of a module that was traced through has changed.
+
+        The graph holds the value it had; buffers are read anew in every pass.
+        """
+        for path, before in self._numbers.items():
+            now = self._original.get_submodule(path).__dict__
+            for name, value in before.items():
+                if now.get(name) != value:
+                    raise UsageError(
+                        f"attribute {name!r} of {path or 'the model'!r} must stay what it was at "
+                        f"the conversion, {value!r}, because train mode runs the graph made then, "
+                        f"but is {now.get(name)!r}. Keep a value that changes in a buffer, or name "
+                        f"the module in `leaves=`."
+                    )
+
     def run_by(self, training: Pass, evaluation: Pass) -> None:
         """Run train and eval mode by these passes instead of the ordinary ones."""
         self.__dict__["_training_pass"] = training
@@ -342,6 +365,16 @@ class TunableModule(nn.Module):
             for buffer, value in before:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that code may branch on or compute with."""
+    kinds = (bool, int, float, str)
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, kinds) and name != "training" and not name.startswith("_")
+    }
 
 
 def _refuse_single_value(model: nn.Module, error: ValueError) -> None:

@@ -98,6 +98,7 @@ class Tuner:
                 "stn.observe(batch) before optimizer.step()."
             )
         self._refuse_unused()
+        self.model.refuse_changed_numbers()
         inputs = self.model.remembered_inputs()
         if inputs is not None and self.verify_inputs:
             self._refuse_other_batch(inputs[0])

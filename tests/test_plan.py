@@ -756,3 +756,29 @@ def test_a_converted_model_keeps_its_modules():
         shell.head = nn.Linear(4, 2)
     shell.note = "free"
     assert shell.note == "free"
+
+
+class Tempered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+        self.temperature = 2.0
+        self.register_buffer("floor", torch.zeros(()))
+
+    def forward(self, inputs):
+        return self.inner(inputs) / self.temperature + self.floor
+
+
+def test_a_number_that_changes_after_the_conversion_is_refused_and_a_buffer_is_not():
+    model = Tempered()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    stn = stnify(model, [DECAY], optimizer=optimizer, criterion=F.mse_loss)
+    batch = torch.randn(3, 4), torch.zeros(3, 3)
+    stn.step(batch)
+    stn.model.floor.fill_(5.0)
+    assert stn.model(batch[0]).mean() > 3
+    stn.step(batch)
+    stn.model.temperature = 1.0
+    assert model.temperature == 1.0  # the user's own, so that eval mode sees it
+    with pytest.raises(UsageError, match=r"'temperature' of 'the model' must stay .*2\.0.*buffer"):
+        stn.step(batch)

@@ -61,7 +61,15 @@ def trace(
             break
         differing.update(dict.fromkeys(found, f"cannot be traced through ({OTHER_IN_EVAL})"))
     tracer.opaque = differing | tracer.opaque
-    return Traced(graph, tracer.outputs, tracer.opaque, constants, tracer.fixed, whole)
+    return Traced(
+        graph,
+        tracer.outputs,
+        tracer.opaque,
+        constants,
+        tracer.fixed,
+        whole,
+        frozenset({""} | tracer.outputs.keys()) - {str(node.target) for node in graph.nodes},
+    )
 
 
 def _trace_in_mode(

@@ -50,6 +50,7 @@ class Traced:
         constants: Tensors made while tracing, by the name the graph uses.
         fixed: Optional arguments of the model's forward, traced at these defaults.
         whole: Functions that are called as they are, because they cannot be traced through.
+        through: Modules whose code the graph replaces.
     """
 
     graph: fx.Graph
@@ -58,6 +59,7 @@ class Traced:
     constants: dict[str, Tensor] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     whole: frozenset[Callable[..., Any]] = frozenset()
+    through: frozenset[str] = frozenset()
 
 
 def random_states() -> tuple[Any, ...]:
