@@ -82,6 +82,7 @@ def sound(examples: int) -> Inputs:
 
 
 ARCHITECTURES: dict[str, tuple[dict[str, Any], Callable[[int], Inputs]]] = {
+    "LlamaForCausalLM": ({**TRANSFORMER, "use_cache": False}, words),
     "T5ForConditionalGeneration": (
         {
             "vocab_size": 50,
@@ -140,7 +141,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], Callable[[int], Inputs]]] = {
 }
 """Class name to the arguments of its configuration, and inputs of so many examples."""
 
-ROUNDED = {"T5ForConditionalGeneration"}
+ROUNDED = {"LlamaForCausalLM", "T5ForConditionalGeneration"}
 """Compute parts in single precision whatever their weights are."""
 
 
