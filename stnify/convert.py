@@ -12,9 +12,10 @@ from torch.optim import Optimizer, RMSprop
 
 from stnify.bundle import STN
 from stnify.checks import refuse_arguments, refuse_distributed, refuse_empty, refuse_model
+from stnify.compiled import CompiledForward
 from stnify.declare import Decay, Declaration, Pattern, declarations
 from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, nearest
-from stnify.linearize import linearized_forward, perturbed_forward
+from stnify.linearize import Forward, linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
 from stnify.methods import METHODS, Cadence, Method
 from stnify.optimizer import STNOptimizer
@@ -23,7 +24,7 @@ from stnify.planning import make_plan
 from stnify.rewrite import rewrite
 from stnify.schedule import History
 from stnify.space import HyperparameterSpace
-from stnify.step import Forward, Objective
+from stnify.step import Objective
 from stnify.streams import RandomStream
 from stnify.trace import trace
 from stnify.tunable import TunableModule
@@ -98,7 +99,8 @@ def stnify(
             Optional arguments of the model's forward keep their defaults in training unless they
             are given here.
         amp_dtype: Autocast dtype of the response and validation steps.
-        compile: Compile the passes; None compiles on CUDA.
+        compile: Compile the passes; None compiles on CUDA. A perturbed pass that does not compile
+            as one graph runs eagerly.
         verify: Check the conversion on ``example_inputs`` or the first batch.
         seed: Of stnify's own random numbers; None takes torch's initial seed.
         schedule: Values to replay with ``method="fixed"``.
@@ -159,7 +161,8 @@ def stnify(
     seed = torch.initial_seed() if seed is None else seed
     space = HyperparameterSpace(plan.columns, dtype, device)
     tunable = rewrite(model, plan, space, RandomStream(_mix(seed, 0), device))
-    forwards = _forwards(tunable, method, compile if compile is not None else device.type == "cuda")
+    compile = device.type == "cuda" if compile is None else compile
+    forwards = _forwards(tunable, plan, method) if compile else {}
     tuner = Tuner(
         model=tunable,
         objective=Objective(criterion, forward_loss, plan.decays, plan.losses, amp_dtype),
@@ -319,13 +322,16 @@ def _mix(seed: int, stream: int) -> int:
     return (seed * 1_000_003 + 7919 * rank + stream) % 2**63
 
 
-def _forwards(model: TunableModule, method: str, compile: bool) -> dict[str, Forward]:
-    """Compile the general pass, eval mode and the forward functions of the two steps."""
-    if not compile:
-        return {}
+def _forwards(model: TunableModule, plan: Plan, method: str) -> dict[str, Forward]:
+    """Compile the general pass, eval mode and, if all is traced, the passes of the two steps."""
     model.compile_passes()
+    if plan.traced.opaque:
+        return {}  # code that is not traced may change attributes, which a perturbed pass must not
     response = linearized_forward if method == "delta" else perturbed_forward
-    return {"response": torch.compile(response), "validation": torch.compile(perturbed_forward)}
+    return {
+        "response": CompiledForward(response, "response"),
+        "validation": CompiledForward(perturbed_forward, "validation"),
+    }
 
 
 def _call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

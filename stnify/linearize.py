@@ -8,7 +8,7 @@ double backward of the official ``utils/linearize_utils.py``, which fails with B
 
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,6 +23,9 @@ from stnify.nested import map_tensors
 from stnify.perturb import Perturbation
 from stnify.tunable import PREFIX
 from stnify.untouched import attributes_restored
+
+Forward = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Perturbation], Any]
+"""``(graph, args, kwargs, perturbation) -> prediction``."""
 
 
 def linearized_forward(

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from stnify.errors import ShapeError
-from stnify.linearize import linearized_forward, perturbed_forward
+from stnify.linearize import Forward, linearized_forward, perturbed_forward
 from stnify.nested import map_tensors
 from stnify.perturb import Perturbation, training_perturbation, validation_perturbation
 from stnify.plan import DecaySite, LossSite
 from stnify.rows import batch_size, first_dimensions
 from stnify.tunable import TunableModule
-
-Forward = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Perturbation], Any]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import torch
 import torch.utils.checkpoint as checkpoint_functions
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -198,6 +199,9 @@ def _perturbed(
 ) -> Any:
     """Run the module's code in a perturbed pass, which leaves no trace in its attributes."""
     calls = WeightCalls(_known(run), response_input, linearized)
+    if torch.compiler.is_compiling():
+        with calls:
+            return run.shadow(*args, **kwargs)
     with attributes_restored(run.original), ExitStack() as stack:
         for module in run.original.modules():
             module.__dict__["_backward_hooks"] = OrderedDict()  # they belong to the user's pass

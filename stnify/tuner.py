@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 
 from stnify.errors import UsageError
 from stnify.flops import count_flops
+from stnify.linearize import Forward
 from stnify.loaders import EndlessLoader
 from stnify.methods import Cadence, Counters, Method
 from stnify.nested import map_tensors
 from stnify.optimizer import Decays
 from stnify.schedule import History, Record
-from stnify.step import Forward, Objective, StepResult, response_step, validation_step
+from stnify.step import Objective, StepResult, response_step, validation_step
 from stnify.streams import RandomStream
 from stnify.tunable import TunableModule
 from stnify.uncentred import UncentredTraining, uncentred_evaluation

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verify": {"errors", "nested", "rows", "streams", "tunable", "untouched"},
     "perturb": {"space"},
     "linearize": {"errors", "forward_mode", "nested", "perturb", "tunable", "untouched"},
+    "compiled": {"linearize", "perturb"},
     "uncentred": {"penalties", "perturb", "plan", "rows", "space", "streams", "tunable"},
     "step": {"errors", "linearize", "nested", "perturb", "plan", "rows", "tunable"},
     "flops": {"layers", "linearize", "perturb", "rows", "step", "streams", "tunable"},
@@ -44,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tuner": {
         "errors",
         "flops",
+        "linearize",
         "loaders",
         "methods",
         "nested",
@@ -74,6 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convert": {
         "bundle",
         "checks",
+        "compiled",
         "declare",
         "errors",
         "linearize",
