@@ -234,13 +234,17 @@ def summary(rows: Iterable[Row], every: Iterable[Structure]) -> dict[str, Any]:
             )
             for kind in kinds
         },
-        "largest_conversions": _slowest(examined),
+        "slowest_conversions": _slowest(examined),
         "not_fine": {
-            row["name"]: f"{row['status']}: {row['reason']}"
+            f"{row['library']} {row['name']}": f"{row['status']}: {row['reason']}"
             for row in examined
             if row["status"] != "fine"
         },
-        "uncovered": {row["name"]: row["uncovered"] for row in examined if row["uncovered"]},
+        "uncovered": {
+            f"{row['library']} {row['name']}": row["uncovered"]
+            for row in examined
+            if row["uncovered"]
+        },
     }
 
 
