@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stnify.layers import HyperLayer
 from stnify.linearize import linearized_forward, perturbed_forward
+from stnify.nested import map_tensors
 from stnify.perturb import Perturbation
 from stnify.rows import batch_size
 from stnify.step import first_rows
@@ -44,6 +45,7 @@ def count_flops(
         kwargs: Keyword inputs.
         linearized: Count a linearised pass, else one with perturbed weights.
     """
+    args, kwargs = map_tensors(torch.Tensor.detach, (args, dict(kwargs)))
     try:
         inputs, named = first_rows((args, dict(kwargs)), 2)
         return _count(model, inputs, named, linearized)

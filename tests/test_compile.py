@@ -1,5 +1,7 @@
 """Every pass compiles as one graph, agrees with eager, and does not recompile when lambda moves."""
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -137,4 +139,50 @@ def test_whole_steps_compile_through_the_public_switch():
         assert stn.values() != before
         assert "_orig_mod" not in "".join(stn.model.state_dict())
     torch.testing.assert_close(*results, **TOLERANCE)
+    torch._dynamo.reset()
+
+
+class Attending(nn.Module):
+    def __init__(self, recurrent: bool = False) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recurrence = nn.GRU(8, 8, batch_first=True) if recurrent else None
+        self.mixing = nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, inputs):
+        found = self.attention(inputs, inputs, inputs, need_weights=False)[0]
+        if self.recurrence is not None:
+            found = self.recurrence(found)[0]
+        return found.mean(1) @ self.mixing
+
+
+@pytest.mark.parametrize("recurrent", [False, True], ids=["one graph", "no graph"])
+def test_watched_calls_compile_as_one_graph_or_run_eagerly_with_a_warning(recurrent):
+    gradients = []
+    torch._dynamo.reset()
+    inputs = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0)).double()
+    for switch in (False, True):
+        torch.manual_seed(0)
+        stn = stnify(
+            Attending(recurrent).double(),
+            [WeightDecay()],
+            example_inputs=inputs,
+            compile=switch,
+            seed=0,
+        )
+        parameters = stn.model.response_parameters()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+        forward = stn._tuner.forwards.get("response", linearized_forward)
+        drawn = Perturbation(torch.linspace(-1, 1, 6).double()[:, None], None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = forward(stn.model._graph, (inputs,), {}, drawn)
+        eager = [w for w in caught if "response pass runs eagerly" in str(w.message)]
+        assert len(eager) == (switch and recurrent)
+        gradients.append(torch.autograd.grad(found.square().sum(), list(parameters.values())))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+        assert one.abs().max() > 1e-6
     torch._dynamo.reset()

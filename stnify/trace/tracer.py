@@ -5,7 +5,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -157,7 +157,10 @@ class SiteTracer(fx.Tracer):
         return super().create_proxy(kind, target, *args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        """Keep ordered dictionaries what they are; a graph would return plain ones."""
+        """Keep dictionaries of other types what they are; a graph would return plain ones."""
+        if isinstance(a, dict) and is_dataclass(a):
+            fields = {str(key): self.create_arg(value) for key, value in a.items()}
+            return self.create_node("call_function", type(a), (), fields)
         if type(a) is OrderedDict:
             pairs = tuple((key, self.create_arg(value)) for key, value in a.items())
             return self.create_node("call_function", OrderedDict, (pairs,), {})
