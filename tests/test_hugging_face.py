@@ -99,6 +99,24 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], Callable[[int], Inputs]]] = {
     ),
     "BartForConditionalGeneration": (ENCODER_DECODER, labelled_words),
     "RobertaForSequenceClassification": ({**TRANSFORMER, **SILENT}, words),
+    "DebertaV2ForSequenceClassification": (
+        {**TRANSFORMER, **SILENT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        words,
+    ),
+    "MambaForCausalLM": (
+        {
+            "vocab_size": 50,
+            "hidden_size": 16,
+            "state_size": 4,
+            "num_hidden_layers": 2,
+            "use_cache": False,
+        },
+        lambda examples: {"input_ids": words(examples)["input_ids"]},
+    ),
+    "ResNetForImageClassification": (
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+        pixels(32),
+    ),
     "SwinForImageClassification": (
         {
             "image_size": 32,
@@ -116,6 +134,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], Callable[[int], Inputs]]] = {
         {**PATCHES, **SILENT, "num_frames": 4, "tubelet_size": 2},
         frames,
     ),
+    "TimesformerForVideoClassification": ({**PATCHES, **SILENT, "num_frames": 4}, frames),
     "Wav2Vec2ForSequenceClassification": (
         {
             "hidden_size": 16,
@@ -141,7 +160,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], Callable[[int], Inputs]]] = {
 }
 """Class name to the arguments of its configuration, and inputs of so many examples."""
 
-ROUNDED = {"LlamaForCausalLM", "T5ForConditionalGeneration"}
+ROUNDED = {"LlamaForCausalLM", "T5ForConditionalGeneration", "MambaForCausalLM"}
 """Compute parts in single precision whatever their weights are."""
 
 
