@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,3 +257,31 @@ def test_a_run_writes_table_and_summary_and_goes_on_where_it_stopped(tmp_path, c
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["test_resnet", "test_vit"]
     assert json.loads((tmp_path / "coverage.json").read_text())["all"]["models_represented"] == 4
+
+
+# The committed run --------------------------------------------------------------------------------
+
+
+def readme_rows(report):
+    """Rows of the README's table: shares of the models examined, by kind."""
+    kinds = ("all", "image", "video", "segmentation", "detection", "optical_flow", "quantization")
+    for kind in kinds:
+        found, shares = report[kind], report[kind]["share_of_models"]
+        if shares["fine"] is not None:
+            examined = f"{found['examined']} of {found['structures']}"
+            cells = [kind.replace("_", " "), f"{found['models']:,}", examined]
+            cells += [f"{shares[name]:.1%}" for name in ("fine", "exact", "graph")]
+            cells.append(f"{found['share_of_weights']:.2%}")
+            yield f"| {' | '.join(cells)} |"
+
+
+def test_the_readme_says_what_the_committed_run_found():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    report = json.loads((coverage.RESULTS / "coverage.json").read_text())
+    table = coverage.Table(coverage.RESULTS / "coverage.csv")
+    rows = list(readme_rows(report))
+    assert rows
+    assert all(row in readme for row in rows)
+    assert report["all"]["examined"] + report["all"]["skipped"] == len(table.rows)
+    failures = {name for name, why in report["not_fine"].items() if not why.startswith("skipped")}
+    assert all(f"- {name}: " in readme for name in failures)
