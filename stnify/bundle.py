@@ -50,7 +50,7 @@ class STN:
         self.optimizer = optimizer
         self._tuner = tuner
         self.train_loader = (
-            None if train_loader is None else ObservedLoader(train_loader, self.observe)
+            None if train_loader is None else ObservedLoader(train_loader, self._fetch)
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -130,6 +130,10 @@ class STN:
                 loss = loss + site.penalty(self.model, batch, value).mean()
         return loss
 
+    def _fetch(self, batch: Any) -> None:
+        if self.optimizer is not None:
+            self._tuner.fetch(batch)
+
     def observe(self, batch: Any) -> None:
         """Tell stnify the batch of the next ``optimizer.step()``; for loops without a loader."""
         if self.optimizer is not None:
@@ -144,7 +148,8 @@ class STN:
         optimizer, objective = self._require_optimizer(), self._tuner.objective
         if not self.model.training:
             raise UsageError("`stn.step` trains, but the model is in eval mode: model.train().")
-        self._tuner.observed = [batch]
+        self._tuner.forget()
+        self._tuner.observe(batch)
         optimizer.zero_grad()
         if objective.forward_loss is not None or not any(s.penalty for s in objective.losses):
             loss = objective(self.model, to_device(batch, self.model))

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch.optim import Optimizer, RMSprop
 from stnify.bundle import STN
 from stnify.checks import refuse_arguments, refuse_distributed, refuse_empty, refuse_model
 from stnify.compiled import CompiledForward
-from stnify.declare import Decay, Declaration, Pattern, declarations
+from stnify.declare import Declaration, Pattern, declarations
 from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, nearest
 from stnify.linearize import Forward, linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
@@ -140,7 +139,7 @@ def stnify(
         entropy_weight=entropy_weight,
         tune_scale=tune_scale,
     )
-    declared = _started(declarations(hparams), optimizer)
+    declared = declarations(hparams)
     refuse_empty(train_loader, "train_loader")
     refuse_empty(valid_loader, "valid_loader")
     plan = make_plan(
@@ -151,6 +150,7 @@ def stnify(
         exclude=exclude,
         scale=scale,
         responds=chosen.response is not None or not chosen.centred,
+        decays=_decays(model, optimizer),
     )
     if forward_loss is not None and any(site.penalty for site in plan.losses):
         raise DeclarationError(
@@ -225,21 +225,15 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return device, torch.float64 if double else torch.float32
 
 
-def _started(
-    declared: Sequence[Declaration], optimizer: Optimizer | None
-) -> tuple[Declaration, ...]:
-    """Start weight decays without an ``init`` at the optimizer's own, if it has one."""
+def _decays(model: nn.Module, optimizer: Optimizer | None) -> dict[str, float]:
+    """Return the decay that the optimizer has for each parameter, by name."""
     groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else []
-    own = next((float(g["weight_decay"]) for g in groups if g.get("weight_decay")), None)
-
-    def started(declaration: Declaration) -> Declaration:
-        low, high = declaration.range
-        fits = own is not None and low < own < high
-        if isinstance(declaration, Decay) and declaration.init is None and fits:
-            return replace(declaration, init=own)
-        return declaration
-
-    return tuple(map(started, declared))
+    own = {
+        id(parameter): float(group.get("weight_decay") or 0.0)
+        for group in groups
+        for parameter in group["params"]
+    }
+    return {name: own[id(p)] for name, p in model.named_parameters() if id(p) in own}
 
 
 def _warmup(warmup_steps: int | None, total_steps: int | None) -> int:

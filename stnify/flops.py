@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from stnify.errors import UnsupportedModuleError
 from stnify.layers import HyperLayer
 from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.nested import map_tensors
@@ -49,7 +50,9 @@ def count_flops(
     try:
         inputs, named = first_rows((args, dict(kwargs)), 2)
         return _count(model, inputs, named, linearized)
-    except (IndexError, RuntimeError):  # inputs that index into others cannot be cut
+    except UnsupportedModuleError:
+        raise
+    except Exception:  # inputs that index into others cannot be cut, and some sizes are refused
         return _count(model, args, dict(kwargs), linearized)
 
 

@@ -89,12 +89,6 @@ def perturbed_forward(
     return _constant_call(graph, args, kwargs, perturbation, linearized=False)
 
 
-def plain_forward(graph: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Predict as the model is, without a response; nothing is differentiable or updated."""
-    with _attributes_kept(graph):
-        return functional_call(graph, _constants(graph), args, dict(kwargs), tie_weights=False)
-
-
 def _constant_call(
     graph: nn.Module,
     args: tuple[Any, ...],

@@ -15,6 +15,10 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     def change(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return function(leaf)
+        if isinstance(leaf, dict):  # of a type that PyTorch does not know
+            changed = copy.copy(leaf)
+            changed.update({key: map_tensors(function, value) for key, value in leaf.items()})
+            return changed
         if not _is_record(leaf):
             return leaf
         changed = copy.copy(leaf)
@@ -27,9 +31,12 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Yield everything in ``value`` that holds nothing else; of a dataclass its type too."""
+    """Yield everything in ``value`` that holds nothing else; of a type of one's own that too."""
     for leaf in tree_leaves(value):
-        if _is_record(leaf):
+        if isinstance(leaf, dict):
+            yield type(leaf)
+            yield from leaves(dict(leaf))
+        elif _is_record(leaf):
             yield type(leaf)
             yield from leaves([getattr(leaf, field.name) for field in fields(leaf)])
         else:

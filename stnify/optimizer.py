@@ -1,5 +1,6 @@
 """7. One optimizer for the loop: the general step, then what the method does after it."""
 
+import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -236,10 +237,27 @@ def _settings(base: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key in copied}
 
 
+_SHARED = {"param_groups", "state", "defaults", *_HOOKS}
+"""What a twin gets in another way, or never changes."""
+
+
+def _own_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of an optimizer's attribute, such as a generator, or itself if it has none."""
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    try:
+        return copy.deepcopy(value, dict(memo))
+    except Exception:
+        return value
+
+
 def _twin(base: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     """Return an optimizer of the same kind over other groups, with its own state and no hooks."""
     twin: Optimizer = object.__new__(type(base))
+    kept = {key: value for key, value in base.__dict__.items() if key not in _SHARED}
+    memo = {id(p): p for group in base.param_groups for p in group["params"]}
     twin.__dict__.update(base.__dict__)
+    twin.__dict__.update({key: _own_copy(value, memo) for key, value in kept.items()})
     twin.__dict__.pop("step", None)  # a scheduler puts its own counting step on the instance
     twin.param_groups, twin.state = groups, defaultdict(dict)
     for name in _HOOKS:

@@ -27,7 +27,7 @@ from stnify.swap import SwappedFunction, SwappedModule, WeightUse
 from stnify.tunable import PREFIX, TunableModule, Tunables, Use, WholeFunction, insert
 
 NOISES: dict[str, Callable[[int, NoiseSite], nn.Module]] = {
-    "Dropout": lambda column, site: TunedDropout(column, *site.granularity),
+    "Dropout": lambda column, site: TunedDropout(column, *site.granularity, place=site.name),
 }
 """Kind of site to the module that acts there."""
 

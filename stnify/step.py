@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stnify.errors import ShapeError
 from stnify.linearize import Forward, linearized_forward, perturbed_forward
-from stnify.nested import map_tensors
+from stnify.nested import leaves, map_tensors
 from stnify.perturb import Perturbation, training_perturbation, validation_perturbation
 from stnify.plan import DecaySite, LossSite
 from stnify.rows import batch_size, first_dimensions
@@ -223,7 +223,13 @@ def _running(
                 f"each, but it was called with {given[0]}. Call it once for each view, or put the "
                 f"views into the batch."
             )
-        return forward(graph, args, kwargs, perturbation)
+        outputs = forward(graph, args, kwargs, perturbation)
+        if not any(isinstance(leaf, Tensor) for leaf in leaves(outputs)):
+            raise ShapeError(
+                f"the model must return tensors, or tuples, lists, dictionaries or dataclasses of "
+                f"them, but returned {type(outputs).__name__}: a response in it could not be seen."
+            )
+        return outputs
 
     return model.running(chosen, perturbation.constrained)
 

@@ -131,6 +131,7 @@ class TunableModule(nn.Module):
         state["_evaluation_pass"] = None
         state["_compiled"] = {}
         state["_inputs"] = None
+        state["_before_training"] = None
         state["_modules"] = {**original._modules, PREFIX: tunables}
         state["_parameters"] = original._parameters
         state["_buffers"] = original._buffers
@@ -177,6 +178,7 @@ class TunableModule(nn.Module):
             "_running": None,
             "_compiled": {},
             "_inputs": None,
+            "_before_training": None,
         }
         return {**self.__dict__, **passing}
 
@@ -247,12 +249,15 @@ class TunableModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Predict: train at the current hyperparameters, or be the original in eval mode."""
+        own = self._running is None and not torch.compiler.is_compiling()
+        differentiable = own and torch.is_grad_enabled()
+        if differentiable and self._before_training is not None:
+            self._before_training()
         chosen = self._running or (self._training_pass if self.training else self._evaluation_pass)
         if chosen is None and not self.training:
             return self._compiled.get("evaluation", self._original)(*args, **kwargs)
         self._refuse_other_arguments(args, kwargs)
-        wanted = self._inputs is not None and self.training and self._running is None
-        if wanted and not torch.compiler.is_compiling():
+        if differentiable and self.training and self._inputs == ():
             self.__dict__["_inputs"] = (args, kwargs)
         try:
             return self._run(chosen, args, kwargs)
@@ -269,9 +274,18 @@ class TunableModule(nn.Module):
         with self._noise_stream():
             return graph(*args, **kwargs, constrained=self.hyperparameters.current)
 
+    def call_before_training(self, function: Callable[[], None]) -> None:
+        """Call ``function`` before every pass of the user's own that may be differentiated."""
+        self.__dict__["_before_training"] = function
+
     def remember_inputs(self) -> None:
         """Keep the inputs of the next training pass until they are taken."""
         self.__dict__["_inputs"] = ()
+
+    def forget_inputs(self) -> None:
+        """Let go of inputs kept, if they are wanted, and keep those of the next pass instead."""
+        if self._inputs is not None:
+            self.remember_inputs()
 
     def remembered_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Return the inputs kept, if a pass has been made, and let go of them."""

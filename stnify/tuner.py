@@ -68,6 +68,10 @@ class Tuner:
 
     def __post_init__(self) -> None:
         self._gradients: dict[str, Tensor] = {}
+        self._versions: list[tuple[Tensor, int]] = []
+        self._fetched: list[Any] = []
+        self._calls_seen = False
+        self.model.call_before_training(self._observe_fetched)
         self._centre = self.model.hyperparameters.unconstrained.detach().clone()
         self._uncentred = None if self.method.centred else UncentredTraining(self.stream)
         if self._uncentred is not None:
@@ -81,10 +85,35 @@ class Tuner:
     # Observing ------------------------------------------------------------------------------------
 
     def observe(self, batch: Any) -> None:
-        """Remember a training batch until the next optimizer step; ignored in eval mode."""
-        if self.model.training and torch.is_grad_enabled():
-            # Containers of its own, because loops take things out of theirs.
-            self.observed.append(map_tensors(lambda tensor: tensor, batch))
+        """Remember a training batch until the next optimizer step."""
+        self.model.forget_inputs()
+        # Containers of its own, because loops take things out of theirs.
+        self.observed.append(map_tensors(self._remember_version, batch))
+
+    def fetch(self, batch: Any) -> None:
+        """Take note of a batch the loop fetches; it is observed once the model is called."""
+        if torch.is_grad_enabled():
+            if self._calls_seen or not self.model.training:
+                self._fetched.clear()
+            self._fetched.append(batch)
+
+    def _observe_fetched(self) -> None:
+        """Observe the latest batch fetched, now that the model is called with gradients."""
+        self._calls_seen = True
+        if self._fetched:
+            self.observe(self._fetched[-1])
+            self._fetched.clear()
+
+    def forget(self) -> None:
+        """Drop what was observed since the last step."""
+        self.observed = []
+        self._versions.clear()
+        self._fetched.clear()
+
+    def _remember_version(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_inference():
+            self._versions.append((tensor, tensor._version))
+        return tensor
 
     def before_general_step(self) -> None:
         """Check that the loop made every call it has to.
@@ -92,6 +121,10 @@ class Tuner:
         Raises:
             UsageError: No batch was observed, or the loss does not use a declared hyperparameter.
         """
+        if not self.observed:  # calls cannot be seen where the user compiles the whole model
+            fetched, self._fetched = self._fetched, []
+            for batch in fetched:
+                self.observe(batch)
         if self.method.response is not None and not self.observed:
             raise UsageError(
                 "optimizer.step() needs the batches since the last step, but none was observed. "
@@ -99,23 +132,32 @@ class Tuner:
                 "stn.observe(batch) before optimizer.step()."
             )
         self._refuse_unused()
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise UsageError(
+                "a batch must stay what it was until optimizer.step(), because the response step "
+                "uses it again, but the loop or the model changed it in place. Change a copy, or "
+                "use inplace=False in the model's first layer."
+            )
         self.model.refuse_changed_numbers()
         inputs = self.model.remembered_inputs()
-        if inputs is not None and self.verify_inputs:
+        if inputs is not None:
             self._refuse_other_batch(inputs[0])
-            self.verify(*inputs)
+            if self.verify_inputs:
+                self.verify(*inputs)
         if self.counters.training_steps == 0 and self.method.response is not None:
             self._rehearse()
 
     def _refuse_other_batch(self, args: tuple[Any, ...]) -> None:
         """Raise UsageError if the model saw other inputs than the batch that was observed."""
         batch = self.observed[-1] if self.observed else None
-        if self.objective.forward_loss is not None or not isinstance(batch, list | tuple):
+        if self.objective.forward_loss is not None:
+            return
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
             return
         seen, observed = args[0] if args else None, batch[0]
         if not isinstance(seen, Tensor) or not isinstance(observed, Tensor):
             return
-        if seen.shape != observed.shape or not torch.equal(seen.cpu(), observed.to(seen).cpu()):
+        if not _same(seen, observed.to(seen)):
             raise UsageError(
                 "the model must be trained on the batches that stnify observes, but its inputs "
                 "differ from the batch's: the loop changes them in between. Do that in the dataset "
@@ -170,6 +212,7 @@ class Tuner:
             optimizer: Of the response parameters.
         """
         batches, self.observed = self.observed, []
+        self._versions.clear()
         if self._uncentred is not None:
             self._uncentred.forget(self.model.hyperparameters)
         if self.method.response is not None:
@@ -346,3 +389,10 @@ class Tuner:
         self.flops = dict(state["flops"])
         self.model.hyperparameters.read.update(state["read"])
         self.observed = []
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, and NaN in the same places."""
+    if one.shape != other.shape:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())

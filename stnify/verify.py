@@ -15,7 +15,10 @@ from stnify.tunable import TunableModule
 from stnify.untouched import state_restored
 
 PROBES = 5
-"""Examples a layout probe runs; the middle one is changed."""
+"""Examples a layout probe runs."""
+
+CHANGED = (1, 3)
+"""Examples that are changed, one at a time: code that reorders a batch moves one of them."""
 
 SILENT = ("batch (the site is dead)", "shared (independent of the input)")
 """Said of a site whose input does not depend on the model's: with a row an example, and without."""
@@ -79,7 +82,9 @@ def _refuse_difference(
 def _identical(one: Any, other: Any) -> bool:
     """Whether two tensors have the same numbers, and NaN in the same places."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return type(one) is type(other) and bool(one == other)
+        own: Any = type(one).__eq__
+        incomparable = own is object.__eq__  # made anew by each run
+        return type(one) is type(other) and (incomparable or bool(one == other))
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return bool(((one == other) | ((one != one) & (other != other))).all())
@@ -105,18 +110,23 @@ def _probe_layouts(
 def _probe(
     model: TunableModule, base: tuple[tuple[Any, ...], dict[str, Any]], batch: int
 ) -> dict[str, str]:
-    sites, space = _sites(model), model.hyperparameters
-    nowhere = torch.zeros_like(space.unconstrained).expand(batch, -1)
-    rows: list[Rows] = []
-    for args, kwargs in (base, _with_middle_changed(base, batch)):
+    sites, rows = _sites(model), list[Rows]()
+    nowhere = None
+    if model.tunables.swapped or model.tunables.functions:
+        # Perturbed by nought, because only perturbed passes watch the calls of other code.
+        nowhere = torch.zeros_like(model.hyperparameters.unconstrained).expand(batch, -1)
+    changed = [index for index in CHANGED if index < batch] or [0]
+    for args, kwargs in (base, *(_with_one_changed(base, batch, index) for index in changed)):
         with _recorded(sites) as seen:
-            # Perturbed by nought, because only perturbed passes take PyTorch's composites apart.
             model._graph(*args, **kwargs, response_input=nowhere)
         rows.append(seen)
     words = {}
     for name, site in sites.items():
-        pairs = zip(rows[0][name], rows[1][name], strict=True)
-        calls = [_layout(*pair, batch, _row_dims(site)) for pair in pairs]
+        calls = [
+            _layout(before, after, batch, index, _row_dims(site))
+            for index, probe in zip(changed, rows[1:], strict=True)
+            for before, after in zip(rows[0][name], probe[name], strict=True)
+        ]
         site.layout, words[name] = _agreed(calls)
     return words
 
@@ -147,9 +157,8 @@ def _first_examples(inputs: Any, full: int) -> Any:
     return map_tensors(pick, inputs)
 
 
-def _with_middle_changed(inputs: Any, batch: int) -> Any:
-    """Change the middle example: new noise for real inputs, shifted entries for integers."""
-    middle = batch // 2
+def _with_one_changed(inputs: Any, batch: int, index: int) -> Any:
+    """Change one example: new noise for real inputs, shifted entries for integers."""
 
     def change(tensor: Tensor) -> Tensor:
         if tensor.ndim == 0 or tensor.shape[0] != batch:
@@ -157,10 +166,10 @@ def _with_middle_changed(inputs: Any, batch: int) -> Any:
         tensor = tensor.clone()
         if tensor.is_floating_point():
             spread = tensor.float().std(correction=0).clamp_min(1e-2).to(tensor.dtype)
-            tensor[middle] += spread * torch.randn_like(tensor[middle])
+            tensor[index] += spread * torch.randn_like(tensor[index])
         elif tensor.dtype is not torch.bool:
             highest = tensor.max()
-            tensor[middle] = torch.where(tensor[middle] == highest, 0, highest)
+            tensor[index] = torch.where(tensor[index] == highest, 0, highest)
         return tensor
 
     return map_tensors(change, inputs)
@@ -183,9 +192,9 @@ def _recorded(sites: Mapping[str, nn.Module]) -> Iterator[Rows]:
 
 
 def _layout(
-    before: Tensor, after: Tensor, batch: int, row_dims: tuple[int, ...]
+    before: Tensor, after: Tensor, batch: int, changed: int, row_dims: tuple[int, ...]
 ) -> tuple[RowLayout, str]:
-    """Tell from which rows changed, when the middle example did, whom rows belong to."""
+    """Tell from which rows changed, when one example did, whom rows belong to."""
     if before.numel() == 0 or before.ndim == 0 or before.shape != after.shape:
         return RowLayout.SHARED, "shared (no batch)"
     different = before != after
@@ -193,14 +202,14 @@ def _layout(
     if not different.any():
         return (RowLayout.BATCH, SILENT[0]) if size == batch else (RowLayout.SHARED, SILENT[1])
     rows = different.reshape(size, -1).any(1).nonzero().flatten()
-    block, middle = size // batch, batch // 2
+    block = size // batch
     if size % batch == 0:
-        if bool((rows // block == middle).all()):
+        if bool((rows // block == changed).all()):
             return RowLayout.BATCH, "batch" if block == 1 else f"batch x {block}"
-        if bool((rows % batch == middle).all()):
+        if bool((rows % batch == changed).all()):
             return RowLayout.INTERLEAVED, f"interleaved x {block}"
     if 1 in row_dims and before.ndim > 1 and before.shape[1] == batch:
         columns = different.movedim(1, 0).reshape(batch, -1).any(1).nonzero().flatten()
-        if bool((columns == middle).all()):
+        if bool((columns == changed).all()):
             return RowLayout.SECOND, "second dimension"
     return RowLayout.SHARED, "shared (rows mix examples)"

@@ -248,6 +248,17 @@ class TiedModules(nn.Module):
         return self.other(self.one(inputs).sigmoid())
 
 
+@awkward(vectors, computed=True)
+class TiedToItsTranspose(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(WIDTH, 4)
+        self.bias = parameter(WIDTH)
+
+    def forward(self, inputs):
+        return F.linear(self.encoder(inputs).tanh(), self.encoder.weight.t(), self.bias)
+
+
 @awkward(tokens)
 class TiedHead(nn.Module):
     def __init__(self):
@@ -1143,6 +1154,29 @@ class DataclassOutput(nn.Module):
     def forward(self, inputs):
         hidden = self.first(inputs).tanh()
         return Prediction(self.last(hidden), hidden)
+
+
+class Attributes(dict):
+    """Outputs in a dict whose entries are attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
+@awkward(vectors)
+class OwnDictOutput(DataclassOutput):
+    def forward(self, inputs):
+        prediction = super().forward(inputs)
+        return Attributes(logits=prediction.logits, hidden=prediction.hidden)
+
+
+class Cache:
+    """Something that is no tensor and equals nothing but itself."""
+
+
+@awkward(vectors)
+class ObjectBesideTensors(DataclassOutput):
+    def forward(self, inputs):
+        return super().forward(inputs).logits, Cache()
 
 
 @awkward(vectors)

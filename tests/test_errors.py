@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    CLASSES,
     FEATURES,
     IDLE,
     BranchingNetwork,
@@ -533,7 +534,7 @@ def test_a_batch_of_another_kind_needs_forward_loss(batch, got):
         stn.step(batch)
     inputs, target = first_batch()
     stn._tuner.observed.clear()
-    stn._tuner.verify_inputs = False  # or the batch would be refused for not being the model's
+    stn.model.remembered_inputs()  # or the batch would be refused for not being the model's
     stn.observe(batch)
     F.cross_entropy(stn.model(inputs), target).backward()
     with pytest.raises(ShapeError, match=message):
@@ -672,3 +673,50 @@ def test_a_validation_step_that_fails_forgets_nothing_of_what_the_loss_read():
     with pytest.raises(ShapeError, match=r"\(inputs, target\) pairs"):
         stn.validation_step([first_batch()[0]])
     assert stn.hyperparameters.read == {"idle"}
+
+
+class Centring(nn.Module):
+    """Changes its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, inputs):
+        return self.inner(inputs.sub_(inputs.mean(0)))
+
+
+def test_a_batch_that_is_changed_in_place_is_refused_before_anything_moves():
+    model = Centring()
+    stn = convert(model, [WeightDecay()], verify=False)
+    before = {name: p.detach().clone() for name, p in stn.model.named_parameters()}
+    with pytest.raises(
+        UsageError, match=r"a batch must stay .* changed it in place.*inplace=False"
+    ):
+        train(stn.model, stn.optimizer, stn.train_loader, 1)
+    assert all(torch.equal(p, before[name]) for name, p in stn.model.named_parameters())
+
+
+class Opaque:
+    """Holds a tensor where nobody looks."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Hiding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, inputs):
+        return Opaque(self.inner(inputs))
+
+
+def test_a_prediction_without_tensors_is_refused():
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]).value, batch[1])
+
+    stn = convert(Hiding(), [WeightDecay()], criterion=None, forward_loss=loss)
+    with pytest.raises(ShapeError, match=r"must return tensors, .* returned Opaque"):
+        stn.step(next(iter(batches())))

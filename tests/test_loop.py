@@ -303,9 +303,36 @@ def test_batches_seen_in_eval_mode_or_without_gradients_are_not_training_batches
     stn.model.train()
     with torch.no_grad():
         next(iter(stn.train_loader))
+        stn.model(torch.zeros(2, FEATURES))
     assert stn._tuner.observed == []
     next(iter(stn.train_loader))
+    stn.model(torch.zeros(2, FEATURES))
     assert len(stn._tuner.observed) == 1
+
+
+def test_a_batch_counts_once_the_model_is_called_with_it(monkeypatch):
+    """Whatever the mode was when it was fetched, and however many were fetched and left."""
+    used = []
+
+    def counting(self, batches):
+        used.append([len(batch[0]) for batch in batches])
+        return type(self)._response(self, batches)
+
+    torch.manual_seed(0)
+    stn = convert(perceptron(), [WeightDecay()])
+    monkeypatch.setattr(stn._tuner, "_response", counting.__get__(stn._tuner))
+    for _ in stn.train_loader:  # for statistics
+        pass
+    for i, (inputs, target) in enumerate(stn.train_loader):
+        stn.model.train()
+        stn.optimizer.zero_grad()
+        if i == 1:
+            continue
+        F.cross_entropy(stn.model(inputs), target).backward()
+        stn.optimizer.step()
+        stn.model.eval()
+        stn.model(inputs)
+    assert used == [[8]] * 5  # the first one is rehearsed
 
 
 @pytest.mark.parametrize(("fraction", "size"), [(1.0, 8), (0.5, 4), (0.3, 2), (0.01, 2)])

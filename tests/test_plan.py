@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import ZOO, images
 
-from stnify import DeclarationError, Dropout, UsageError, WeightDecay, stnify
+from stnify import DeclarationError, Dropout, ShapeError, UsageError, WeightDecay, stnify
 from stnify.patterns import matches
 from stnify.planning import make_plan
 from stnify.planning.functions import COMPOSITE_FUNCTIONS, DIRECT_FUNCTIONS
@@ -782,3 +782,48 @@ def test_a_number_that_changes_after_the_conversion_is_refused_and_a_buffer_is_n
     assert model.temperature == 1.0  # the user's own, so that eval mode sees it
     with pytest.raises(UsageError, match=r"'temperature' of 'the model' must stay .*2\.0.*buffer"):
         stn.step(batch)
+
+
+class Reordering(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.one(inputs.flip(0)).flip(0) + self.other(inputs) + self.other(inputs.flip(0))
+
+
+def test_rows_in_another_order_are_no_examples_rows():
+    found = layouts(Reordering(), torch.randn(6, 4))
+    assert found == {"one": "shared (rows mix examples)", "other": "shared (mixed)"}
+
+
+@pytest.mark.parametrize(
+    ("model", "declared", "inputs", "message"),
+    [
+        (nn.LSTM(4, 3), Dropout(after="0"), torch.ones(2, 3, 4), "at '0' there is tuple"),
+        (nn.Embedding(5, 3), Dropout(at="input"), torch.ones(2).long(), "'input' there is torch"),
+    ],
+)
+def test_dropout_on_anything_but_numbers_names_the_place(model, declared, inputs, message):
+    stn = stnify(nn.Sequential(model), [declared])
+    with pytest.raises(ShapeError, match=message):
+        stn.model(inputs)
+
+
+def test_a_tuned_decay_starts_at_the_mean_of_what_the_optimizer_has_for_its_weights():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+
+    def starts(declared):
+        groups = [
+            {"params": list(layer.parameters()), "weight_decay": decay}
+            for layer, decay in ((model[0], 0.1), (model[2], 0.3))
+        ]
+        optimizer = torch.optim.SGD(groups, 0.1)
+        return stnify(model, [declared], optimizer=optimizer, criterion=F.mse_loss).values()
+
+    assert starts(DECAY) == pytest.approx({"weight_decay": 0.2})
+    apart = starts(WeightDecay(per_layer=True))
+    assert apart == pytest.approx({"weight_decay.0": 0.1, "weight_decay.2": 0.3})
+    given = starts(WeightDecay(at="2.weight", init=0.05))
+    assert given == pytest.approx({"weight_decay": 0.05})

@@ -1,7 +1,8 @@
 """2c. Understand: from a traced graph and declarations to a plan."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from torch import nn
 
@@ -25,6 +26,7 @@ def make_plan(
     exclude: Pattern = (),
     scale: float = 1.0,
     responds: bool = True,
+    decays: Mapping[str, float] = MappingProxyType({}),
 ) -> Plan:
     """Find every site of ``declared`` in ``traced`` and every weight that can respond.
 
@@ -35,6 +37,7 @@ def make_plan(
         response: ``"full"`` or ``"gate"``.
         exclude: Layers that get no response, by pattern or type.
         scale: Default perturbation scale, unconstrained units.
+        decays: What the optimizer has for each parameter; where a tuned decay starts.
         responds: False for ``method="fixed"``, where no weight needs a response.
 
     Raises:
@@ -52,7 +55,7 @@ def make_plan(
         )
     columns: list[Column] = []
     noises: list[NoiseSite] = []
-    decays: list[DecaySite] = []
+    decayed_sites: list[DecaySite] = []
     losses: list[LossSite] = []
     for declaration in declared:
         match declaration:
@@ -60,8 +63,8 @@ def make_plan(
                 resolved, found = noise_sites(model, traced, declaration, scale)
                 noises += found
             case Decay():
-                resolved, decayed = decay_sites(model, declaration, scale)
-                decays += decayed
+                resolved, decayed = decay_sites(model, declaration, scale, decays)
+                decayed_sites += decayed
             case LossTerm():
                 resolved = [Column.of(declaration, declaration.name, 0.0, scale)]
                 losses.append(LossSite(declaration.name, declaration.penalty))
@@ -71,12 +74,12 @@ def make_plan(
                 )
         columns += resolved
     refuse_duplicates(column.name for column in columns)
-    _refuse_shared_places(noises, decays)
+    _refuse_shared_places(noises, decayed_sites)
     return Plan(
         columns=tuple(columns),
         weights=tuple(count_responses(model, weights, len(columns), response)),
         noises=tuple(noises),
-        decays=tuple(decays),
+        decays=tuple(decayed_sites),
         losses=tuple(losses),
         refusals=tuple(refusals),
         response=response,

@@ -1,6 +1,6 @@
 """Find the weights a decay penalises."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from stnify.space import Column
 
 
 def decay_sites(
-    model: nn.Module, declaration: Decay, scale: float
+    model: nn.Module, declaration: Decay, scale: float, own: Mapping[str, float]
 ) -> tuple[list[Column], list[DecaySite]]:
     """Return the hyperparameters of ``declaration`` and the weights they decay.
 
@@ -43,9 +43,16 @@ def decay_sites(
         suffix = f".{name.rpartition('.')[0]}" if declaration.per_layer else ""
         by_column.setdefault(declaration.name + suffix, []).append(name)
     columns = [
-        Column.of(declaration, column, declaration.default_init, scale) for column in by_column
+        Column.of(declaration, column, _start(declaration, [own.get(n, 0.0) for n in names]), scale)
+        for column, names in by_column.items()
     ]
     return columns, [DecaySite(column, tuple(names)) for column, names in by_column.items()]
+
+
+def _start(declaration: Decay, own: Sequence[float]) -> float:
+    """Return the mean of the optimizer's own decays if it lies in the range, else the default."""
+    mean, (low, high) = sum(own) / len(own), declaration.range
+    return mean if low < mean < high else declaration.default_init
 
 
 def _decayed(patterns: Pattern, weights: Mapping[str, nn.Module]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
+from stnify.errors import ShapeError
 from stnify.rows import RowLayout, expand_rows, placed
 
 Granularity = Literal["element", "channel"]
@@ -21,16 +22,20 @@ class TunedDropout(nn.Module):
         column: Which hyperparameter is the rate.
         granularity: ``"element"``, or ``"channel"`` for one draw for each channel.
         channel_dims: Trailing dimensions a channel spans, if the granularity is ``"channel"``.
+        place: What it replaces or follows, for errors.
 
     Attributes:
         layout: Which rows of the input belong to which example.
     """
 
-    def __init__(self, column: int, granularity: Granularity, channel_dims: int = 0) -> None:
+    def __init__(
+        self, column: int, granularity: Granularity, channel_dims: int = 0, place: str = ""
+    ) -> None:
         super().__init__()
         self.column = column
         self.granularity = granularity
         self.channel_dims = channel_dims
+        self.place = place
         self.layout = RowLayout.BATCH
 
     def extra_repr(self) -> str:
@@ -44,7 +49,16 @@ class TunedDropout(nn.Module):
             inputs: ``(rows, ...)``.
             constrained: ``(h,)`` for one rate, ``(batch, h)`` for one for each example, constrained
                 units; None leaves the inputs alone.
+
+        Raises:
+            ShapeError: The inputs are not one tensor of real numbers.
         """
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+            found = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ShapeError(
+                f"dropout must act on one tensor of real numbers, but at {self.place!r} there is "
+                f"{found}. Choose another place by `at`, `after` or `exclude`."
+            )
         if not self.training or constrained is None:
             return inputs
         rate = constrained[..., self.column]
