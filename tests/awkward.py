@@ -31,6 +31,7 @@ class Case:
         computed: Whether a weight that responds is computed from its parameter.
         optional: Whether an argument that may be left out is given; an example must show it.
         lost: Whether no weight of it can be recognised in code that is not traced.
+        views: Whether it applies a view of a weight: another tensor, where code is not traced.
         uncalled: Layers that a call of the smallest size does not reach.
         blind: How many of the last outputs no response reaches.
         independent: False where the first dimension of the inputs does not count examples, or the
@@ -47,6 +48,7 @@ class Case:
     computed: bool = False
     optional: bool = False
     lost: bool = False
+    views: bool = False
     uncalled: frozenset[str] = NOTHING
     blind: int = 0
     independent: bool = True
@@ -248,7 +250,7 @@ class TiedModules(nn.Module):
         return self.other(self.one(inputs).sigmoid())
 
 
-@awkward(vectors, computed=True)
+@awkward(vectors, computed=True, views=True)
 class TiedToItsTranspose(nn.Module):
     def __init__(self):
         super().__init__()
