@@ -18,6 +18,7 @@ from stnify.composites import (
     multi_head_attention,
 )
 from stnify.layers import (
+    OPERATOR_ARGUMENTS,
     HyperConv,
     HyperEmbedding,
     HyperLayer,
@@ -144,7 +145,7 @@ class WeightCalls(TorchFunctionMode):
 Rule = Callable[[WeightCalls, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
-def _direct(kind: type[HyperLayer], *names: str) -> Rule:
+def _direct(kind: type[HyperLayer], names: Sequence[str]) -> Rule:
     """Return the rule of an operator that takes these arguments: input, weight, bias, geometry."""
 
     def rule(
@@ -224,17 +225,11 @@ def _multiplication(
     return beta * found.added + alpha * outputs
 
 
-_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = (*_CONVOLUTION[:5], "output_padding", "groups", "dilation")
-
 WEIGHT_CALLS: dict[Callable[..., Any], Rule] = {
-    F.linear: _direct(HyperLinear, "input", "weight", "bias"),
-    F.conv1d: _direct(HyperConv, *_CONVOLUTION),
-    F.conv2d: _direct(HyperConv, *_CONVOLUTION),
-    F.conv3d: _direct(HyperConv, *_CONVOLUTION),
-    F.conv_transpose1d: _direct(HyperConv, *_TRANSPOSED),
-    F.conv_transpose2d: _direct(HyperConv, *_TRANSPOSED),
-    F.conv_transpose3d: _direct(HyperConv, *_TRANSPOSED),
+    **{
+        function: _direct(HyperLinear if function is F.linear else HyperConv, names)
+        for function, names in OPERATOR_ARGUMENTS.items()
+    },
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     F.bilinear: _bilinear,

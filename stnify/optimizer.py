@@ -254,7 +254,8 @@ def _own_copy(value: Any, memo: dict[int, Any]) -> Any:
 def _twin(base: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     """Return an optimizer of the same kind over other groups, with its own state and no hooks."""
     twin: Optimizer = object.__new__(type(base))
-    kept = {key: value for key, value in base.__dict__.items() if key not in _SHARED}
+    own = base.__dict__.items()
+    kept = {key: value for key, value in own if key not in _SHARED and not callable(value)}
     memo = {id(p): p for group in base.param_groups for p in group["params"]}
     twin.__dict__.update(base.__dict__)
     twin.__dict__.update({key: _own_copy(value, memo) for key, value in kept.items()})

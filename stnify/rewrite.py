@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from stnify.layers import (
     HYPER_MODULES,
     HYPER_OPERATORS,
+    OPERATOR_ARGUMENTS,
     BiasResponse,
     HyperLayer,
     WeightResponse,
@@ -261,15 +262,14 @@ def _without_dropout(node: fx.Node) -> tuple[float, tuple[tuple[Any, ...], dict[
 def _call_layer(
     graph: fx.Graph, node: fx.Node, site: WeightSite, target: str, inputs: dict[str, fx.Node]
 ) -> None:
+    function: Any = node.target
+    names = ("input", "output_size") if site.way == "module" else OPERATOR_ARGUMENTS[function]
+    arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     with graph.inserting_before(node):
+        weight, bias = arguments.pop("weight", None), arguments.pop("bias", None)
         if site.way == "module":
-            arguments = {**dict(zip(("input", "output_size"), node.args, strict=False))}
-            arguments |= node.kwargs
-            weight: Any = graph.get_attr(f"{site.name}.weight".lstrip("."))
-            bias: Any = graph.get_attr(f"{site.name}.bias".lstrip(".")) if site.bias else None
-        else:
-            arguments = {**dict(zip(_geometry(node), node.args, strict=False)), **node.kwargs}
-            weight, bias = arguments.pop("weight"), arguments.pop("bias", None)
+            weight = graph.get_attr(f"{site.name}.weight".lstrip("."))
+            bias = graph.get_attr(f"{site.name}.bias".lstrip(".")) if site.bias else None
         activations = arguments.pop("input")
         call = graph.call_module(
             target,
@@ -278,14 +278,6 @@ def _call_layer(
         )
     node.replace_all_uses_with(call)
     graph.erase_node(node)
-
-
-def _geometry(node: fx.Node) -> tuple[str, ...]:
-    """Return the names of the positional arguments of ``F.linear``, ``F.conv*d`` and transposed."""
-    names = ("input", "weight", "bias", "stride", "padding")
-    if "transpose" in str(getattr(node.target, "__name__", "")):
-        return (*names, "output_padding", "groups", "dilation")
-    return (*names, "dilation", "groups")
 
 
 def _watch(

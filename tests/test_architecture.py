@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "space": {"declare", "errors"},
     "trace": {"patterns", "untouched"},
     "plan": {"space", "trace"},
-    "planning": {"declare", "errors", "patterns", "plan", "products", "space", "trace"},
+    "planning": {"declare", "errors", "layers", "patterns", "plan", "products", "space", "trace"},
     "tunable": {"errors", "layers", "space", "streams"},
     "rewrite": {"layers", "plan", "regularizers", "space", "streams", "swap", "tunable"},
     "verify": {"errors", "nested", "rows", "streams", "tunable", "untouched"},

@@ -21,6 +21,7 @@ from stnify.layers.response import BiasResponse, ResponseKind, WeightResponse, f
 __all__ = [
     "HYPER_MODULES",
     "HYPER_OPERATORS",
+    "OPERATOR_ARGUMENTS",
     "BiasResponse",
     "HyperConv",
     "HyperEmbedding",
@@ -80,6 +81,19 @@ HYPER_MODULES: dict[type[nn.Module], Callable[[Any, Responses], HyperLayer]] = {
     nn.Embedding: _embedding,
 }
 """Exact module type to ``(module, responses) -> hyper layer``, with the module's geometry."""
+
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = (*_CONVOLUTION[:5], "output_padding", "groups", "dilation")
+OPERATOR_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.linear: _CONVOLUTION[:3],
+    F.conv1d: _CONVOLUTION,
+    F.conv2d: _CONVOLUTION,
+    F.conv3d: _CONVOLUTION,
+    F.conv_transpose1d: _TRANSPOSED,
+    F.conv_transpose2d: _TRANSPOSED,
+    F.conv_transpose3d: _TRANSPOSED,
+}
+"""Names of the arguments of operators that a hyper layer takes the place of, in order."""
 
 HYPER_OPERATORS: dict[str, Callable[[WeightResponse | None, BiasResponse | None], HyperLayer]] = {
     "Linear": HyperLinear,

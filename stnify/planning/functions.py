@@ -8,13 +8,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from stnify.layers import OPERATOR_ARGUMENTS
 from stnify.plan import Refusal, WeightSite
 from stnify.planning.computed import evaluate, parameters_behind
 from stnify.planning.modules import GATED_AXIS, own_weights
 from stnify.products import MULTIPLICATIONS, gated_axis, multiplication, product
 from stnify.trace import Traced, caller
 
-_FIRST = ("input", "weight", "bias")
 DIRECT_FUNCTIONS: dict[Callable[..., Any], str] = {
     F.linear: "Linear",
     F.conv1d: "Conv1d",
@@ -93,9 +93,11 @@ class FunctionSites:
 
     def _direct(self, node: fx.Node) -> Iterator[WeightSite | Refusal]:
         assert callable(node.target)
-        arguments = {**dict(zip(_FIRST, node.args, strict=False)), **node.kwargs}
+        names = OPERATOR_ARGUMENTS[node.target]
+        arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         weight, bias = arguments.get("weight"), arguments.get("bias")
-        kind, groups = DIRECT_FUNCTIONS[node.target], _groups(node)
+        kind, groups = DIRECT_FUNCTIONS[node.target], arguments.get("groups", 1)
+        groups = groups if isinstance(groups, int) else 1
         if parameters_behind(self.model, weight) is not None:
             yield self._site(node, node.name, kind, weight, bias, groups=groups)
 
@@ -240,15 +242,6 @@ def _function(node: fx.Node) -> Any:
     if node.op == "call_method":
         return getattr(Tensor, str(node.target), None)
     return node.target if node.op == "call_function" else None
-
-
-def _groups(node: fx.Node) -> int:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    assert callable(node.target)
-    if DIRECT_FUNCTIONS[node.target].startswith("ConvTranspose"):
-        names = (*names[:5], "output_padding", "groups")
-    groups = {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get("groups", 1)
-    return groups if isinstance(groups, int) else 1
 
 
 def _name(node: fx.Node) -> str:

@@ -1,9 +1,10 @@
 """2. Trace a model into a graph, without changing the model.
 
-A module is a leaf of the graph if it comes from ``torch.nn``, is a normalisation or dropout, or
-holds no weight of two or more dimensions; all others are traced through, so that the layers inside
-them become visible. A function that cannot be traced through is called as it is; a module that
-cannot becomes a leaf, with the reason.
+A module is a leaf of the graph if it comes from ``torch.nn``, is a normalisation or dropout, holds
+no weight of two or more dimensions, or has backward hooks. All others, and layers with forward
+hooks or parametrisations, are traced through, so that the layers inside them become visible. A
+function that cannot be traced through is called as it is; a module that cannot becomes a leaf, with
+the reason.
 """
 
 from collections.abc import Callable, Collection, Sequence
