@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from stnify.composites import (
+    MEETINGS,
     RECURRENT_CELLS,
     RECURRENT_NETWORKS,
+    TENSOR_ATTRIBUTES,
     embedding_bag,
     multi_head_attention,
 )
@@ -23,6 +26,7 @@ from stnify.layers import (
     HyperEmbedding,
     HyperLayer,
     HyperLinear,
+    HyperParameter,
     HyperProduct,
     Product,
 )
@@ -62,6 +66,7 @@ class WeightCalls(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.known = known
+        self.parameters = [k.weight for k in known if isinstance(k.layer, HyperParameter)]
         self.response_input = response_input
         self.linearized = linearized
         self.order: Tensor | None = None
@@ -74,8 +79,13 @@ class WeightCalls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Apply the rule of ``func`` if there is one and it receives a known weight."""
-        rule = WEIGHT_CALLS.get(func)
         kwargs = kwargs or {}
+        alone = any(self.responds_alone(value) for value in _flat((args, kwargs)))
+        if alone and not _describes(func):
+            if func in MEETINGS:
+                return MEETINGS[func](self.meet, func, args, kwargs)
+            args, kwargs = tree_map_only(Tensor, self.mean, (args, kwargs))
+        rule = WEIGHT_CALLS.get(func)
         if rule is None or not any(self.knows(value) for value in _flat((args, kwargs))):
             return func(*args, **kwargs)
         return rule(self, func, args, kwargs)
@@ -83,6 +93,10 @@ class WeightCalls(TorchFunctionMode):
     def knows(self, value: object) -> bool:
         """Whether a value is one of the weights."""
         return any(known.weight is value for known in self.known)
+
+    def responds_alone(self, value: object) -> bool:
+        """Whether a value is a parameter that responds wherever it is used."""
+        return any(parameter is value for parameter in self.parameters)
 
     def find(
         self, weight: object, kind: type[HyperLayer], bias: Tensor | None = None
@@ -121,6 +135,26 @@ class WeightCalls(TorchFunctionMode):
     def embed(self, indices: Tensor, weight: Tensor, **options: Any) -> Tensor:
         """Apply ``F.embedding`` or its hyper layer."""
         return self.apply(HyperEmbedding, _embed, indices, weight, None, **options)
+
+    def meet(self, parameter: Tensor, activations: Tensor, first: int) -> Tensor:
+        """Shape a parameter to meet activations; a known one has a value for each row."""
+        after = activations.ndim - first - parameter.ndim
+        shape = [*[1] * first, *parameter.shape, *[1] * after]
+        known = self.find(parameter, HyperParameter)
+        if known is None:
+            return parameter if list(parameter.shape) == shape else parameter.reshape(shape)
+        values = known.layer(
+            activations, parameter, None, self.response_input, self.linearized, first=first
+        )
+        if len(values) == 1:
+            return values[0].reshape(shape)
+        row = known.layer.layout.dim
+        shape[row] = len(values)
+        return values.movedim(0, max(row - first, 0)).reshape(shape)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return a tensor, or a known parameter as its mean over the batch."""
+        return self.meet(value, value[None], 1)[0] if self.responds_alone(value) else value
 
     def multiply(
         self, product: Product, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None
@@ -239,6 +273,14 @@ WEIGHT_CALLS: dict[Callable[..., Any], Rule] = {
     **dict.fromkeys(MULTIPLICATIONS, _multiplication),
 }
 """Operator to what is done when one of its arguments is a weight that responds."""
+
+
+def _describes(function: Callable[..., Any]) -> bool:
+    """Whether a function reads an attribute that is no tensor computed from its owner."""
+    if getattr(function, "__name__", "") != "__get__":
+        return False
+    attribute = getattr(function, "__self__", None)
+    return getattr(attribute, "__name__", "") not in TENSOR_ATTRIBUTES
 
 
 def _embed(indices: Tensor, weight: Tensor, bias: None, **options: Any) -> Tensor:

@@ -58,6 +58,7 @@ def stnify(
     hyper_optimizer: HyperOptimizer | None = None,
     response_lr: float = 1.0,
     exclude: Pattern = (),
+    affine: bool = False,
     leaves: Sequence[str | type[nn.Module]] = (),
     example_inputs: Any = None,
     amp_dtype: torch.dtype | None = None,
@@ -93,6 +94,8 @@ def stnify(
             or so much more that lambda can cross its range in ``total_steps``.
         response_lr: Learning rate of the response parameters relative to the general ones.
         exclude: Layers that get no response, by pattern or type.
+        affine: Whether all other parameters respond as well: scales and shifts of norms,
+            LayerScale, class tokens, position tables.
         leaves: Modules not to trace through, by pattern or type.
         example_inputs: Inputs to verify the conversion on at once; a tensor, tuple or dict.
             Optional arguments of the model's forward keep their defaults in training unless they
@@ -148,6 +151,7 @@ def stnify(
         declared,
         response=response,
         exclude=exclude,
+        affine=affine,
         scale=scale,
         responds=chosen.response is not None or not chosen.centred,
         decays=_decays(model, optimizer),

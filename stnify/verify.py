@@ -20,7 +20,7 @@ PROBES = 5
 CHANGED = (1, 3)
 """Examples that are changed, one at a time: code that reorders a batch moves one of them."""
 
-SILENT = ("batch (the site is dead)", "shared (independent of the input)")
+SILENT = ("batch (independent of the input)", "shared (independent of the input)")
 """Said of a site whose input does not depend on the model's: with a row an example, and without."""
 
 Rows = dict[str, list[Tensor]]

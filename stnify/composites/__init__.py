@@ -7,12 +7,15 @@ a forward-mode derivative, neither of which the fused kernels have.
 
 from stnify.composites.attention import multi_head_attention
 from stnify.composites.bag import embedding_bag
+from stnify.composites.meeting import MEETINGS, TENSOR_ATTRIBUTES
 from stnify.composites.packing import pack, pad
 from stnify.composites.recurrent import RECURRENT_CELLS, RECURRENT_NETWORKS
 
 __all__ = [
+    "MEETINGS",
     "RECURRENT_CELLS",
     "RECURRENT_NETWORKS",
+    "TENSOR_ATTRIBUTES",
     "embedding_bag",
     "multi_head_attention",
     "pack",

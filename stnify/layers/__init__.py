@@ -15,6 +15,7 @@ from stnify.layers.base import HyperLayer
 from stnify.layers.conv import Convolution, HyperConv, TransposedConvolution
 from stnify.layers.embedding import HyperEmbedding
 from stnify.layers.linear import HyperLinear
+from stnify.layers.parameter import HyperParameter
 from stnify.layers.product import HyperProduct, Product
 from stnify.layers.response import BiasResponse, ResponseKind, WeightResponse, fan_in_bound
 
@@ -27,6 +28,7 @@ __all__ = [
     "HyperEmbedding",
     "HyperLayer",
     "HyperLinear",
+    "HyperParameter",
     "HyperProduct",
     "Product",
     "ResponseKind",
@@ -69,6 +71,10 @@ def _embedding_operator(weight: WeightResponse | None, bias: BiasResponse | None
     return HyperEmbedding(weight)
 
 
+def _parameter_operator(weight: WeightResponse | None, bias: BiasResponse | None) -> HyperLayer:
+    return HyperParameter(weight)
+
+
 HYPER_MODULES: dict[type[nn.Module], Callable[[Any, Responses], HyperLayer]] = {
     nn.Linear: _linear,
     nn.modules.linear.NonDynamicallyQuantizableLinear: _linear,
@@ -105,5 +111,6 @@ HYPER_OPERATORS: dict[str, Callable[[WeightResponse | None, BiasResponse | None]
     "ConvTranspose3d": _conv_operator(F.conv_transpose3d, 3),
     "Embedding": _embedding_operator,
     "Product": HyperProduct,
+    "Parameter": _parameter_operator,
 }
 """Kind of operator to its hyper layer, whose geometry comes with each call."""

@@ -67,7 +67,7 @@ class HyperLayer(nn.Module, ABC):
         Args:
             inputs: What the original layer receives; a dual tensor in a linearised pass.
             weight: General weight.
-            bias: General bias or None.
+            bias: General bias or None; a dual tensor if it is computed from what responds.
             response_input: ``(batch, h)`` unconstrained, or None for the plain operator.
             linearized: Return a dual tensor: the plain output, and as its tangent the first-order
                 effect of the response ([DeltaSTN] Eq. 3.13), three evaluations in all.
@@ -75,13 +75,19 @@ class HyperLayer(nn.Module, ABC):
         """
         if response_input is None:
             return self.operate(inputs, weight, bias, **arguments)
-        primal, tangent = forward_ad.unpack_dual(inputs) if linearized else (inputs, None)
+        primal, tangent, shift = inputs, None, None
+        if linearized:
+            primal, tangent = forward_ad.unpack_dual(inputs)
+        if linearized and bias is not None:
+            bias, shift = forward_ad.unpack_dual(bias)
         outputs = self.operate(primal, weight, bias, **arguments)
         change = self.change(primal, weight, bias, response_input, outputs, **arguments)
         if not linearized:
             return outputs + change
         if tangent is not None:
             change = change + self.operate(tangent, weight, None, **arguments)
+        if shift is not None:
+            change = change + self.broadcast(shift[None], outputs)
         return forward_ad.make_dual(outputs, change)
 
     def change(

@@ -148,6 +148,9 @@ def fan_in_bound(weight: Tensor) -> float:
 
 
 def _fresh_weight(weight: Tensor, axis: int) -> Tensor:
+    """Return what an ordinary layer starts with; scales start at one."""
+    if weight.ndim < 2:
+        return torch.ones_like(weight)
     fresh = torch.empty_like(weight)
     by_unit = fresh if axis <= 1 else fresh.movedim(axis, 0)
     nn.init.kaiming_uniform_(by_unit, a=5**0.5)
@@ -157,6 +160,8 @@ def _fresh_weight(weight: Tensor, axis: int) -> Tensor:
 def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
     """Shape ``(n,)`` values to broadcast along ``axis`` of ``like``, in equal blocks of axis 0."""
     shape = [1] * like.ndim
+    if not shape:
+        return values.reshape(())
     if axis == 1 and values.shape[0] != like.shape[1]:  # grouped transposed convolution
         groups = values.shape[0] // like.shape[1]
         per_group = values.reshape(groups, like.shape[1])

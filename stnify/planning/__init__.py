@@ -24,6 +24,7 @@ def make_plan(
     *,
     response: ResponseKind = "full",
     exclude: Pattern = (),
+    affine: bool = False,
     scale: float = 1.0,
     responds: bool = True,
     decays: Mapping[str, float] = MappingProxyType({}),
@@ -36,6 +37,7 @@ def make_plan(
         declared: Hyperparameters.
         response: ``"full"`` or ``"gate"``.
         exclude: Layers that get no response, by pattern or type.
+        affine: Whether every other parameter responds as well, such as a norm's.
         scale: Default perturbation scale, unconstrained units.
         decays: What the optimizer has for each parameter; where a tuned decay starts.
         responds: False for ``method="fixed"``, where no weight needs a response.
@@ -44,7 +46,7 @@ def make_plan(
         DeclarationError: A pattern matches nothing, or two declarations claim one place.
         UnsupportedModuleError: No layer can respond.
     """
-    weights, refusals = weight_sites(model, traced, exclude) if responds else ([], [])
+    weights, refusals = weight_sites(model, traced, exclude, affine) if responds else ([], [])
     if responds and not any(site.weight_responds or site.bias_responds for site in weights):
         kinds = sorted({*WEIGHT_MODULES.values()})
         named = [f"{r.name or '(root)'}: {r.reason}" for r in refusals]

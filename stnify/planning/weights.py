@@ -19,13 +19,21 @@ from stnify.planning.modules import (
     own_weights,
     reason_against,
 )
+from stnify.planning.parameters import parameter_sites
 from stnify.trace import Traced, trace
 
 
 def weight_sites(
-    model: nn.Module, traced: Traced, exclude: Pattern
+    model: nn.Module, traced: Traced, exclude: Pattern, affine: bool = False
 ) -> tuple[list[WeightSite], list[Refusal]]:
-    """Return every site whose weight can respond, and a refusal for every other weight."""
+    """Return every site whose weight can respond, and a refusal for every other weight.
+
+    Args:
+        model: The model that was traced.
+        traced: Its graph.
+        exclude: Layers that get no response.
+        affine: Whether parameters that are no weight of a layer have sites as well.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     excluded = require_each(exclude, modules, "`exclude`")
     sites: list[WeightSite] = []
@@ -38,6 +46,9 @@ def weight_sites(
         else:
             refusals[found.name] = found
     sites = _agreeing(sites, refusals)
+    if affine:
+        found_alone = parameter_sites(model, traced, sites)
+        sites += [s for s in found_alone if not any(_within(s.name, name) for name in excluded)]
     for name, reason in traced.opaque.items():
         if not any(site.inside == name for site in sites):
             refusals[name] = Refusal(name, reason)
