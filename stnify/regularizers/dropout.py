@@ -1,77 +1,52 @@
 """Dropout with a tunable rate."""
 
-from typing import Literal, final
+from typing import ClassVar, final
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stnify.errors import ShapeError
-from stnify.rows import RowLayout, expand_rows, placed
-
-Granularity = Literal["element", "channel"]
+from stnify.regularizers.base import TensorNoise, row_dimension
+from stnify.regularizers.masks import Granularity, dropped, mask_shape
 
 
 @final
-class TunedDropout(nn.Module):
-    """Zeroes elements or whole channels with a probability that is a hyperparameter.
+class TunedDropout(TensorNoise):
+    """Zeroes elements, channels or rows with a probability that is a hyperparameter.
 
-    Off in eval mode. In a linearised pass primal and tangent share the mask, because both are
-    multiplied by it in one operation.
+    The others are scaled by ``1 / (1 - rate)``.
 
     Args:
         column: Which hyperparameter is the rate.
-        granularity: ``"element"``, or ``"channel"`` for one draw for each channel.
-        channel_dims: Trailing dimensions a channel spans, if the granularity is ``"channel"``.
+        granularity: ``"element"``; ``"channel"`` for one draw for each channel; ``"row"`` for one
+            draw for each row (drop path, stochastic depth); ``"time"`` for draws shared by all
+            time steps (locked dropout); ``"batch"`` for one draw for all, at the mean rate.
+        channel_dims: Trailing dimensions a channel spans, if the granularity is ``"channel"``; 0
+            for all after the second, as PyTorch's feature dropout has it. The index of the time
+            dimension, if the granularity is ``"time"``. None is 1 for time and 0 for channels.
         place: What it replaces or follows, for errors.
+        factor: The rate is this many times the hyperparameter.
 
-    Attributes:
-        layout: Which rows of the input belong to which example.
+    Source: the masks are those of ``F.dropout`` and its relatives, ``timm.layers.DropPath``,
+        ``torchvision.ops.stochastic_depth`` and Gal & Ghahramani 2016 (time).
     """
 
+    settings: ClassVar[tuple[str, ...]] = ("column", "granularity", "channel_dims", "factor")
+
     def __init__(
-        self, column: int, granularity: Granularity, channel_dims: int = 0, place: str = ""
+        self,
+        column: int,
+        granularity: Granularity,
+        channel_dims: int | None = None,
+        place: str = "",
+        factor: float = 1.0,
     ) -> None:
-        super().__init__()
-        self.column = column
+        super().__init__(column, place, factor)
         self.granularity = granularity
-        self.channel_dims = channel_dims
-        self.place = place
-        self.layout = RowLayout.BATCH
+        unsaid = int(granularity == "time")
+        self.channel_dims = unsaid if channel_dims is None else channel_dims
 
-    def extra_repr(self) -> str:
-        """Name the column and granularity."""
-        return f"column={self.column}, granularity={self.granularity!r}"
-
-    def forward(self, inputs: Tensor, constrained: Tensor | None) -> Tensor:
-        """Drop entries of ``inputs`` and scale the rest by ``1 / (1 - rate)``.
-
-        Args:
-            inputs: ``(rows, ...)``.
-            constrained: ``(h,)`` for one rate, ``(batch, h)`` for one for each example, constrained
-                units; None leaves the inputs alone.
-
-        Raises:
-            ShapeError: The inputs are not one tensor of real numbers.
-        """
-        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-            found = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise ShapeError(
-                f"dropout must act on one tensor of real numbers, but at {self.place!r} there is "
-                f"{found}. Choose another place by `at`, `after` or `exclude`."
-            )
-        if not self.training or constrained is None:
-            return inputs
-        rate = constrained[..., self.column]
-        if rate.ndim:
-            row = min(self.layout.dim, inputs.ndim - 1)
-            rate = expand_rows(rate[:, None], inputs.shape[row], self.layout)
-            rate = placed(rate, inputs.ndim, row, row - 1) if inputs.ndim > 1 else rate[:, 0]
-        keep = (1 - rate).to(inputs.dtype)
-        mask = torch.rand(self._mask_shape(inputs), device=inputs.device) < keep
-        return inputs * (mask / keep)
-
-    def _mask_shape(self, inputs: Tensor) -> tuple[int, ...]:
-        if self.granularity == "element":
-            return tuple(inputs.shape)
-        channels = inputs.ndim - self.channel_dims
-        return (*inputs.shape[:channels], *([1] * self.channel_dims))
+    def act(self, inputs: Tensor, strength: Tensor) -> Tensor:
+        """Drop entries of ``inputs``."""
+        row = row_dimension(inputs, self.layout)
+        shape = mask_shape(inputs, self.granularity, self.channel_dims, row, self.place)
+        rate = strength.mean() if self.granularity == "batch" else strength
+        return dropped(inputs, rate, shape)
