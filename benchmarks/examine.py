@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.structures import Built
 from stnify import STN, WeightDecay, stnify
-from stnify.step import Objective, response_step
+from stnify.objective import Objective
+from stnify.step import response_step
 from stnify.verify import verify
 
 BATCH = 3

@@ -106,9 +106,10 @@ class STN:
         return "\n".join([*lines, counters])
 
     def criterion(self, prediction: Any, target: Any) -> Tensor:
-        """Return the training loss, penalties of declared hyperparameters included.
+        """Return the training loss with all that is tuned in it; in eval mode the plain criterion.
 
-        Use it in the loop if a ``Hyperparameter`` was declared with a ``penalty``.
+        Use it in the loop if anything was declared that acts in the loss: a ``Hyperparameter``
+        with a ``penalty``, label smoothing, mixup, a penalty on activations.
 
         Raises:
             UsageError: No criterion was given, or a penalty needs the batch and none was observed.
@@ -116,19 +117,19 @@ class STN:
         objective = self._tuner.objective
         if objective.criterion is None:
             raise UsageError("`stn.criterion` needs `criterion=` to be passed to stnify().")
-        loss = objective.criterion(prediction, target)
-        for site in objective.losses:
-            if site.penalty is not None:
-                if not self._tuner.observed:
-                    raise UsageError(
-                        f"the penalty of {site.column!r} needs the batch, but none was observed. "
-                        f"Iterate over the train_loader that stnify returned, or call "
-                        f"stn.observe(batch) first."
-                    )
-                value = self.hyperparameters[site.column]
-                batch = to_device(self._tuner.observed[-1], self.model)
-                loss = loss + site.penalty(self.model, batch, value).mean()
-        return loss
+        if not self.model.training:
+            return objective.criterion(prediction, target)
+        loss = objective.criterion_of(self.model, prediction, target)
+        own = list(objective.passes)
+        if not own:
+            return loss
+        if not self._tuner.observed:
+            raise UsageError(
+                f"the penalty of {own[0]!r} needs the batch, but none was "
+                f"observed. Iterate over the train_loader that stnify returned, or call "
+                f"stn.observe(batch) first."
+            )
+        return loss + objective.penalty(self.model, to_device(self._tuner.observed[-1], self.model))
 
     def _fetch(self, batch: Any) -> None:
         if self.optimizer is not None:
@@ -151,12 +152,7 @@ class STN:
         self._tuner.forget()
         self._tuner.observe(batch)
         optimizer.zero_grad()
-        if objective.forward_loss is not None or not any(s.penalty for s in objective.losses):
-            loss = objective(self.model, to_device(batch, self.model))
-        else:
-            inputs, target = to_device(batch, self.model)
-            with objective.autocast(self.hyperparameters.unconstrained.device):
-                loss = self.criterion(self.model(inputs), target)
+        loss = objective.training(self.model, to_device(batch, self.model))
         loss.backward()
         optimizer.step()
         return float(loss.detach())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, RMSprop
 
+from stnify.augment import MIXES, Stats
 from stnify.bundle import STN
 from stnify.checks import refuse_arguments, refuse_distributed, refuse_empty, refuse_model
 from stnify.compiled import CompiledForward
@@ -17,13 +18,13 @@ from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, 
 from stnify.linearize import Forward, linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
 from stnify.methods import METHODS, Cadence, Method
+from stnify.objective import Objective
 from stnify.optimizer import STNOptimizer
 from stnify.plan import Plan, ResponseKind
 from stnify.planning import make_plan
 from stnify.rewrite import rewrite
 from stnify.schedule import History
 from stnify.space import HyperparameterSpace
-from stnify.step import Objective
 from stnify.streams import RandomStream
 from stnify.trace import trace
 from stnify.tunable import TunableModule
@@ -61,6 +62,7 @@ def stnify(
     affine: bool = False,
     leaves: Sequence[str | type[nn.Module]] = (),
     example_inputs: Any = None,
+    input_stats: Stats | None = None,
     amp_dtype: torch.dtype | None = None,
     compile: bool | None = None,
     verify: bool = True,
@@ -100,6 +102,8 @@ def stnify(
         example_inputs: Inputs to verify the conversion on at once; a tensor, tuple or dict.
             Optional arguments of the model's forward keep their defaults in training unless they
             are given here.
+        input_stats: Mean and standard deviation of each channel that images were normalised with;
+            colour augmentations undo and redo it. None for images in [0, 1] or of 8 bits.
         amp_dtype: Autocast dtype of the response and validation steps.
         compile: Compile the passes; None compiles on CUDA. A perturbed pass that does not compile
             as one graph runs eagerly.
@@ -156,15 +160,11 @@ def stnify(
         responds=chosen.response is not None or not chosen.centred,
         decays=_decays(model, optimizer),
     )
-    if forward_loss is not None and any(site.penalty for site in plan.losses):
-        raise DeclarationError(
-            "a `penalty` is added by `stn.criterion`, which `forward_loss` replaces: read "
-            "`stn.hyperparameters[name]` inside forward_loss instead."
-        )
+    _refuse_terms(plan, forward_loss)
     device, dtype = _place(model)
     seed = torch.initial_seed() if seed is None else seed
     space = HyperparameterSpace(plan.columns, dtype, device)
-    tunable = rewrite(model, plan, space, RandomStream(_mix(seed, 0), device))
+    tunable = rewrite(model, plan, space, RandomStream(_mix(seed, 0), device), input_stats)
     compile = device.type == "cuda" if compile is None else compile
     forwards = _forwards(tunable, plan, method) if compile else {}
     tuner = Tuner(
@@ -214,6 +214,18 @@ def _method(name: str, schedule: History | None, jitter: Jitter | None) -> Metho
             f"methods choose the values themselves."
         )
     return METHODS[name]
+
+
+def _refuse_terms(plan: Plan, forward_loss: object) -> None:
+    """Raise DeclarationError if something acts in ``stn.criterion`` and there will be none."""
+    terms = [s.column for s in plan.losses if s.penalty is not None or s.kind != "Hyperparameter"]
+    terms += [site.column for site in plan.augmentations if site.kind in MIXES]
+    if forward_loss is not None and terms:
+        raise DeclarationError(
+            f"{terms[0]!r} acts in `stn.criterion` (a `penalty` is added there), which "
+            f"`forward_loss` replaces: declare a Hyperparameter and read "
+            f"`stn.hyperparameters[name]` inside forward_loss instead."
+        )
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:

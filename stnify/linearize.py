@@ -10,7 +10,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -21,7 +21,8 @@ from stnify.errors import UnsupportedModuleError
 from stnify.forward_mode import ForwardModeRules
 from stnify.nested import map_tensors
 from stnify.perturb import Perturbation
-from stnify.tunable import PREFIX
+from stnify.regularizers.connect import weight_factors
+from stnify.tunable import PREFIX, Tunables
 from stnify.untouched import attributes_restored
 
 Forward = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Perturbation], Any]
@@ -57,6 +58,8 @@ def linearized_forward(
         except NotImplementedError as error:
             _refuse_operator(graph, error)
             raise
+        for recorder in _tunables(graph).recorders:
+            recorder.records = [_primal_plus_tangent(record) for record in recorder.records]
         return map_tensors(_primal_plus_tangent, outputs)
 
 
@@ -99,6 +102,11 @@ def _constant_call(
 ) -> Any:
     """Call the graph with general parameters detached and a private copy of every buffer."""
     constants = _constants(graph)
+    noises = _tunables(graph).weight_noises
+    factors = weight_factors(noises, graph.get_parameter, perturbation.constrained)
+    for name, factor in factors.items():
+        weight = constants[name] if name in constants else graph.get_parameter(name)
+        constants[name] = weight * factor
     inputs = {
         **kwargs,
         "response_input": perturbation.response_input,
@@ -111,10 +119,13 @@ def _constant_call(
 
 def _attributes_kept(graph: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which code that is not traced changes the model's attributes in vain."""
-    untraced = getattr(graph.get_submodule(PREFIX), "untraced", False)
-    if not untraced or torch.compiler.is_compiling():
+    if not _tunables(graph).untraced or torch.compiler.is_compiling():
         return nullcontext()
     return attributes_restored(graph)
+
+
+def _tunables(graph: nn.Module) -> Tunables:
+    return cast(Tunables, graph.get_submodule(PREFIX))
 
 
 def _constants(graph: nn.Module) -> dict[str, Tensor]:

@@ -1,9 +1,13 @@
 """Parts: loss terms with a tunable coefficient."""
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stnify.rows import RowLayout, trailing
 
 
 class SquaredNormChange(Protocol):
@@ -43,3 +47,115 @@ def weight_decay(
         if name in responses:
             total = total + responses[name].squared_norm_change(general, response_input)
     return (0.5 * coefficient * total).mean()
+
+
+def as_probabilities(target: Tensor, prediction: Tensor) -> Tensor:
+    """Return class indices as probabilities over dimension 1 of ``prediction``; others as is.
+
+    Args:
+        target: ``(batch, ...)`` class indices, or anything of floating type.
+        prediction: Logits ``(batch, classes, ...)``.
+    """
+    if target.is_floating_point():
+        return target
+    classes = prediction.shape[1] if prediction.ndim > 1 else 1
+    spread = F.one_hot(target.clamp(min=0), classes).movedim(-1, 1)
+    known = (target >= 0).unsqueeze(1)  # what the criterion ignores stays without a class
+    return (spread * known).to(prediction.dtype)
+
+
+def smoothed(target: Tensor, prediction: Tensor, value: Tensor) -> Tensor:
+    """Spread a share of each target evenly over all classes.
+
+    Args:
+        target: Class indices ``(batch, ...)``, or probabilities ``(batch, classes, ...)``.
+        prediction: Logits ``(batch, classes, ...)``.
+        value: The share, ``()`` or ``(batch,)``.
+    """
+    probabilities = as_probabilities(target, prediction)
+    share = trailing(value, probabilities.ndim) if value.ndim else value
+    present = probabilities.sum(1, keepdim=True)
+    return (1 - share) * probabilities + share * present / probabilities.shape[1]
+
+
+def confidence(prediction: Tensor) -> Tensor:
+    """Return the negative entropy of predicted classes for each example, ``(batch,)``.
+
+    Args:
+        prediction: Logits ``(batch, classes, ...)``; other dimensions are averaged.
+    """
+    entropy = -(prediction.softmax(1) * prediction.log_softmax(1)).sum(1)
+    return -entropy.reshape(len(entropy), -1).mean(1)
+
+
+def activation(records: Sequence[Tensor]) -> Tensor:
+    """Return the mean square of each example's activations, summed over places, ``(batch,)``."""
+    return torch.stack([by_example(record.square()) for record in records]).sum(0)
+
+
+def temporal_activation(records: Sequence[Tensor], time: int) -> Tensor:
+    """Return the mean squared change along ``time``, summed over places, ``(batch,)``."""
+    return torch.stack([by_example(record.diff(dim=time).square()) for record in records]).sum(0)
+
+
+def by_example(values: Tensor) -> Tensor:
+    """Return the mean over all dimensions but the first."""
+    return values.reshape(len(values), -1).mean(1)
+
+
+def jacobian(predict: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """Return half the squared norm of the predictions' Jacobian for each example, ``(batch,)``.
+
+    For several outputs it is the estimate by one random projection with unit covariance, whose
+    mean is the norm. Differentiable.
+
+    Args:
+        predict: Inputs to predictions ``(batch, ...)``; the predictions of an example must depend
+            on its own inputs alone.
+        inputs: Of floating type.
+    """
+    inputs = inputs.detach().requires_grad_()
+    prediction = predict(inputs)
+    single = prediction[0].numel() == 1
+    directions = torch.ones_like(prediction) if single else torch.randn_like(prediction)
+    (slopes,) = torch.autograd.grad(prediction, inputs, directions, create_graph=True)
+    return 0.5 * slopes.reshape(len(slopes), -1).square().sum(1)
+
+
+class Recorder(nn.Module):
+    """Keeps the activations that pass through it for a penalty, and returns them as they are.
+
+    Args:
+        column: Name of the hyperparameter that is the penalty's coefficient.
+
+    Attributes:
+        records: Activations of differentiable training passes since they were last taken.
+        layout: Unused; rows of the activations are examples.
+    """
+
+    def __init__(self, column: str) -> None:
+        super().__init__()
+        self.column = column
+        self.records: list[Tensor] = []
+        self.layout = RowLayout.BATCH
+
+    def extra_repr(self) -> str:
+        """Name the hyperparameter."""
+        return f"column={self.column!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "records": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recorder":
+        return Recorder(self.column)
+
+    def forward(self, inputs: Tensor, constrained: Tensor | None) -> Tensor:
+        """Keep ``inputs`` if this is a training pass that may be differentiated."""
+        if self.training and constrained is not None and torch.is_grad_enabled():
+            self.records.append(inputs)
+        return inputs
+
+    def take(self) -> list[Tensor]:
+        """Return what was kept, and let go of it."""
+        taken, self.records = self.records, []
+        return taken

@@ -6,7 +6,7 @@ written as JSON.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +17,11 @@ from stnify.trace import Traced
 
 ResponseKind = Literal["full", "gate"]
 
-Granularity = tuple[Literal["element", "channel"], int]
-"""Whether noise is drawn for each element or channel, and how many dimensions a channel spans."""
+Granularity = tuple[Literal["element", "channel", "row", "batch", "time"], int]
+"""What one draw of noise serves, and the dimensions a channel spans or the one of the steps."""
+
+NoisePlace = Literal["replace", "after", "operand", "swap"]
+"""How noise gets into the graph; see ``NoiseSite``."""
 
 
 class Flops(NamedTuple):
@@ -102,23 +105,45 @@ class NoiseSite:
     Attributes:
         name: Qualified name of the module it replaces or follows, or ``"input"``.
         kind: Class name of the declaration.
-        place: Whether it replaces the node, is put after it, or is swapped in inside a module that
-            could not be traced through.
+        place: Whether it replaces the node, is put after it, is put on the way from it to one
+            operation, or is swapped in inside a module that could not be traced through.
         node: Name of that node in the graph.
-        last: Name of the last node that must keep the untouched value, for ``"after"``.
+        last: Name of the last node that must keep the untouched value, for ``"after"``; of the
+            operation that receives the noisy one, for ``"operand"``.
         column: Name of the hyperparameter.
-        granularity: Element- or channel-wise, and how many trailing dimensions a channel spans.
+        granularity: What one draw serves.
         inside: For a swap, the module that could not be traced through.
+        settings: What the operation needs to know besides its rate.
+        factor: What the hyperparameter is multiplied by here.
     """
 
     name: str
     kind: str
-    place: Literal["replace", "after", "swap"]
+    place: NoisePlace
     node: str
     last: str
     column: str
     granularity: Granularity
     inside: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class AugmentationSite:
+    """An operation on the model's input images, with what it needs to know besides its strength."""
+
+    column: str
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WeightNoiseSite:
+    """Weights whose entries one rate sets to zero, by qualified name."""
+
+    column: str
+    parameters: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -127,14 +152,26 @@ class DecaySite:
 
     column: str
     parameters: tuple[str, ...]
+    kind: str = "WeightDecay"
 
 
 @dataclass(frozen=True)
 class LossSite:
-    """A hyperparameter that acts in the loss, with its penalty if it was declared with one."""
+    """A hyperparameter that acts in the loss.
+
+    Attributes:
+        column: Name of the hyperparameter.
+        penalty: The user's own, if it was declared with one.
+        kind: Class name of the declaration.
+        settings: What the term needs to know besides its value.
+        at_validation: Whether the validation loss reads it as well.
+    """
 
     column: str
     penalty: Callable[[nn.Module, Any, Tensor], Tensor] | None
+    kind: str = "Hyperparameter"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    at_validation: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +188,7 @@ class Plan:
 
     Attributes:
         columns: The hyperparameters, resolved.
-        weights, noises, decays, losses: What changes.
+        weights, noises, augmentations, weight_noises, decays, losses: What changes.
         refusals: What does not, and why.
         response: Full response parameters, or gates of the general weights.
         parameters: Size of the model before.
@@ -162,6 +199,8 @@ class Plan:
     columns: tuple[Column, ...]
     weights: tuple[WeightSite, ...]
     noises: tuple[NoiseSite, ...]
+    augmentations: tuple[AugmentationSite, ...]
+    weight_noises: tuple[WeightNoiseSite, ...]
     decays: tuple[DecaySite, ...]
     losses: tuple[LossSite, ...]
     refusals: tuple[Refusal, ...]
@@ -203,9 +242,10 @@ class Plan:
         - ``counts``: ``sites``, ``parameters`` (general), ``response_parameters``, ``flops``.
         - ``columns``: hyperparameters with ``name``, ``kind``, ``init``, ``range`` (``null`` is an
           infinite end), ``scale`` and ``per_example``.
-        - ``weights``, ``noises``, ``decays``, ``refusals``: lists with the attributes of
-          ``WeightSite``, ``NoiseSite``, ``DecaySite`` and ``Refusal``; what is not JSON is text.
-        - ``losses``: ``column``, and ``penalty`` as the function's qualified name or ``null``.
+        - ``weights``, ``noises``, ``augmentations``, ``weight_noises``, ``decays``, ``refusals``:
+          lists with the attributes of ``WeightSite`` and so on; what is not JSON is text.
+        - ``losses``: ``column``, ``kind``, and ``penalty`` as the function's qualified name or
+          ``null``.
         - ``opaque``: modules that could not be traced through, with the reason.
 
         ``flops`` is ``{"before": ..., "after": ...}`` for one example; see ``Flops``.
@@ -227,9 +267,15 @@ class Plan:
                 for site in self.weights
             ],
             "noises": [asdict(site) for site in self.noises],
+            "augmentations": [asdict(site) for site in self.augmentations],
+            "weight_noises": [asdict(site) for site in self.weight_noises],
             "decays": [asdict(site) for site in self.decays],
             "losses": [
-                {"column": site.column, "penalty": _function_name(site.penalty)}
+                {
+                    "column": site.column,
+                    "kind": site.kind,
+                    "penalty": _function_name(site.penalty),
+                }
                 for site in self.losses
             ],
             "refusals": [asdict(refusal) for refusal in self.refusals],
@@ -244,16 +290,8 @@ class Plan:
         rows += [_row(site) for site in self.weights]
         lines = [*_table(rows, left=4), *_notes(self.weights), ""]
         for column in self.columns:
-            where = [
-                f"{site.place} {site.name}" for site in self.noises if site.column == column.name
-            ]
-            where += [
-                f"{len(site.parameters)} weights"
-                for site in self.decays
-                if site.column == column.name
-            ]
-            where += ["the loss" for site in self.losses if site.column == column.name]
-            lines.append(f"{column.name} = {column.init:g} in {column.range}: {', '.join(where)}")
+            where = ", ".join(self._places_of(column.name))
+            lines.append(f"{column.name} = {column.init:g} in {column.range}: {where}")
         lines += ["", *(f"unchanged: {r.name}: {r.reason}" for r in self.refusals)]
         lines.append(
             f"{len(self.weights)} sites with a {self.response} response add "
@@ -265,6 +303,28 @@ class Plan:
                 f"{_compact(self.flops.after)} in the response pass"
             )
         return "\n".join(lines)
+
+    def _places_of(self, column: str) -> Iterator[str]:
+        """Yield in words where a hyperparameter acts."""
+        for noise in (site for site in self.noises if site.column == column):
+            yield f"{_PLACES[noise.place]} {noise.name}"
+        for images in (site for site in self.augmentations if site.column == column):
+            yield f"{images.kind} of the input"
+        on_weights = [(s.column, s.parameters) for s in self.weight_noises]
+        on_weights += [(s.column, s.parameters) for s in self.decays]
+        for weights in (names for owner, names in on_weights if owner == column):
+            yield f"{len(weights)} weights"
+        for _ in (site for site in self.losses if site.column == column):
+            yield "the loss"
+
+
+_PLACES: dict[NoisePlace, str] = {
+    "replace": "replace",
+    "after": "after",
+    "operand": "branch",
+    "swap": "swap",
+}
+"""Way noise gets into the graph, in words."""
 
 
 def _row(site: WeightSite) -> tuple[str, ...]:

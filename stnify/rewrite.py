@@ -4,13 +4,14 @@ The graph takes three more inputs: ``response_input`` (``(batch, h)`` or None), 
 (``(h,)``, ``(batch, h)`` or None) and ``linearized``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from stnify.augment import Augment, Stats
 from stnify.layers import (
     HYPER_MODULES,
     HYPER_OPERATORS,
@@ -20,15 +21,62 @@ from stnify.layers import (
     WeightResponse,
     fan_in_bound,
 )
-from stnify.plan import NoiseSite, Plan, WeightSite
-from stnify.regularizers import FixedDropout, FixedScaledDotProductAttention, TunedDropout
+from stnify.penalties import Recorder
+from stnify.plan import NoiseSite, Plan, WeightNoiseSite, WeightSite
+from stnify.regularizers import (
+    FixedDropout,
+    FixedScaledDotProductAttention,
+    TunedAlphaDropout,
+    TunedAttentionDropout,
+    TunedDropBlock,
+    TunedDropout,
+    TunedEmbeddingDropout,
+    TunedGaussianNoise,
+    TunedScalingNoise,
+)
+from stnify.regularizers.connect import TunedDropConnect
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
 from stnify.swap import SwappedFunction, SwappedModule, WeightUse
 from stnify.tunable import PREFIX, TunableModule, Tunables, Use, WholeFunction, insert
 
+
+def _dropout(column: int, site: NoiseSite) -> nn.Module:
+    return TunedDropout(column, *site.granularity, place=site.name, factor=site.factor)
+
+
+def _alpha_dropout(column: int, site: NoiseSite) -> nn.Module:
+    return TunedAlphaDropout(column, *site.granularity, place=site.name, factor=site.factor)
+
+
+def _drop_block(column: int, site: NoiseSite) -> nn.Module:
+    return TunedDropBlock(column, site.settings["block_size"], site.name, site.factor)
+
+
+def _embedding_dropout(column: int, site: NoiseSite) -> nn.Module:
+    return TunedEmbeddingDropout(column, site.settings["words"], site.name, site.factor)
+
+
+def _plain(kind: Callable[..., nn.Module]) -> Callable[[int, NoiseSite], nn.Module]:
+    return lambda column, site: kind(column, place=site.name, factor=site.factor)
+
+
+def _recorder(column: int, site: NoiseSite) -> nn.Module:
+    return Recorder(site.column)
+
+
 NOISES: dict[str, Callable[[int, NoiseSite], nn.Module]] = {
-    "Dropout": lambda column, site: TunedDropout(column, *site.granularity, place=site.name),
+    "Dropout": _dropout,
+    "AlphaDropout": _alpha_dropout,
+    "AttentionDropout": _plain(TunedAttentionDropout),
+    "EmbeddingDropout": _embedding_dropout,
+    "LockedDropout": _dropout,
+    "DropPath": _dropout,
+    "DropBlock": _drop_block,
+    "GaussianNoise": _plain(TunedGaussianNoise),
+    "ScalingNoise": _plain(TunedScalingNoise),
+    "ActivationPenalty": _recorder,
+    "TemporalActivationPenalty": _recorder,
 }
 """Kind of site to the module that acts there."""
 
@@ -45,7 +93,11 @@ FIXED_FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
 
 
 def rewrite(
-    model: nn.Module, plan: Plan, space: HyperparameterSpace, stream: RandomStream
+    model: nn.Module,
+    plan: Plan,
+    space: HyperparameterSpace,
+    stream: RandomStream,
+    input_stats: Stats | None = None,
 ) -> TunableModule:
     """Build the tunable model that ``plan`` describes; ``model`` itself stays as it is.
 
@@ -54,8 +106,10 @@ def rewrite(
         plan: What to do.
         space: The hyperparameters, in the plan's columns.
         stream: Where fresh response weights, and later all noise, are drawn from.
+        input_stats: Mean and standard deviation that images were normalised with, if any.
     """
     tunables = Tunables(space, untraced=bool(plan.traced.opaque))
+    tunables.augment = _augment(plan, space, input_stats)
     for name, tensor in plan.traced.constants.items():
         tunables.constants.register_buffer(name, tensor.detach(), persistent=False)
     copy, nodes = _copied(plan)
@@ -86,12 +140,27 @@ def rewrite(
         uses.setdefault(call.weight, []).append(Use(call.node, key, call.bias, computed))
     for name, calls in watched.items():
         _watch(copy, nodes, name, [(call, layers[call.node]) for call in calls], tunables, inputs)
+    for noise in plan.weight_noises:
+        sharing = _sharing(model, tunables, noise, uses)
+        tunables.weight_noises.append(TunedDropConnect(space.index(noise.column), sharing))
     _keep_whole(copy, plan, tunables)
     swaps.place(copy, tunables, inputs)
     shell = TunableModule(model, tunables, stream, uses, plan.traced.fixed, plan.traced.through)
     copy.lint()
     shell.attach(fx.GraphModule(shell, copy, class_name=type(model).__name__))
     return shell
+
+
+def _augment(plan: Plan, space: HyperparameterSpace, stats: Stats | None) -> Augment | None:
+    """Build one module for all augmentations; what is tuned is not fixed."""
+    columns = {site.kind: space.index(site.column) for site in plan.augmentations}
+    settings = {
+        name: value
+        for site in plan.augmentations
+        for name, value in site.settings.items()
+        if name not in columns
+    }
+    return Augment(columns, settings, stats).to(space.unconstrained.device) if columns else None
 
 
 # Layers -------------------------------------------------------------------------------------------
@@ -159,6 +228,28 @@ def _key(tunables: Tunables, site: WeightSite, layer: HyperLayer) -> str:
     return insert(tunables.layers, site.name, layer) if known is None else known
 
 
+def _sharing(
+    model: nn.Module, tunables: Tunables, noise: WeightNoiseSite, uses: Mapping[str, Sequence[Use]]
+) -> dict[str, tuple[str, ...]]:
+    """Return each weight with the names of all tensors that are masked as it is.
+
+    They are the names it has in the model, and those of what is added to it in response.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    added = dict(tunables.named_parameters(prefix=PREFIX, remove_duplicate=False))
+    sharing: dict[str, tuple[str, ...]] = {}
+    for weight in noise.parameters:
+        shared = {id(parameters[weight])}
+        for use in uses.get(weight, ()):
+            response = cast(HyperLayer, tunables.layers[use.layer]).weight_response
+            if response is not None and response.response is not None and not use.computed:
+                shared.add(id(response.response))
+        sharing[weight] = tuple(
+            name for name, tensor in (*parameters.items(), *added.items()) if id(tensor) in shared
+        )
+    return sharing
+
+
 # Graph --------------------------------------------------------------------------------------------
 
 
@@ -193,22 +284,36 @@ def _place_noise(
     target: str,
     constrained: fx.Node,
 ) -> None:
-    if site.place == "replace":
-        node = nodes[site.node]
-        inputs = node.args[0] if node.args else node.kwargs["input"]
-        with graph.inserting_before(node):
-            noisy = graph.call_module(target, (inputs, constrained))
-        node.replace_all_uses_with(noisy)
-        graph.erase_node(node)
-        nodes[site.node] = noisy
-        return
-    value, last = nodes[site.node], nodes[site.last]
-    if last.op == "placeholder":
-        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    later = _after(graph, last)
-    with graph.inserting_after(last):
-        noisy = graph.call_module(target, (value, constrained))
-    value.replace_all_uses_with(noisy, delete_user_cb=lambda user: user in later)
+    node, last = nodes[site.node], nodes[site.last]
+    match site.place:
+        case "replace":
+            with graph.inserting_before(node):
+                noisy = graph.call_module(target, *_noise_call(node, site.kind, constrained))
+            node.replace_all_uses_with(noisy)
+            graph.erase_node(node)
+            nodes[site.node] = noisy
+        case "operand":
+            with graph.inserting_before(last):
+                noisy = graph.call_module(target, (node, constrained))
+            last.replace_input_with(node, noisy)
+        case "after":
+            if last.op == "placeholder":
+                last = [other for other in graph.nodes if other.op == "placeholder"][-1]
+            later = _after(graph, last)
+            others = (node.args[0],) if site.kind == "EmbeddingDropout" else ()
+            with graph.inserting_after(last):
+                noisy = graph.call_module(target, (node, constrained, *others))
+            node.replace_all_uses_with(noisy, delete_user_cb=lambda user: user in later)
+
+
+def _noise_call(
+    node: fx.Node, kind: str, constrained: fx.Node
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with which noise takes the place of a node."""
+    if kind == "AttentionDropout":
+        _, (args, kwargs) = _without_dropout(node)
+        return args, {**kwargs, "constrained": constrained}
+    return (node.args[0] if node.args else node.kwargs["input"], constrained), {}
 
 
 def _after(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:

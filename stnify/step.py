@@ -3,8 +3,8 @@
 The general step is the user's own ``loss.backward()`` and ``optimizer.step()``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,82 +14,15 @@ from torch import Tensor, nn
 from stnify.errors import ShapeError
 from stnify.linearize import Forward, linearized_forward, perturbed_forward
 from stnify.nested import leaves, map_tensors
-from stnify.perturb import Perturbation, training_perturbation, validation_perturbation
-from stnify.plan import DecaySite, LossSite
+from stnify.objective import Objective
+from stnify.perturb import (
+    Drawn,
+    Perturbation,
+    training_perturbation,
+    validation_perturbation,
+)
 from stnify.rows import batch_size, first_dimensions
 from stnify.tunable import TunableModule
-
-
-@dataclass(frozen=True)
-class Objective:
-    """How a batch becomes a loss.
-
-    Attributes:
-        criterion: ``(prediction, target) -> scalar`` for batches ``(inputs, target)``.
-        forward_loss: ``(model, batch) -> scalar`` for all others; comes first if both are given.
-        decays: Weight decays.
-        losses: Hyperparameters with a penalty.
-        amp_dtype: Autocast to this dtype, if any.
-    """
-
-    criterion: Callable[..., Tensor] | None = None
-    forward_loss: Callable[[nn.Module, Any], Tensor] | None = None
-    decays: tuple[DecaySite, ...] = ()
-    losses: tuple[LossSite, ...] = ()
-    amp_dtype: torch.dtype | None = None
-
-    def __call__(self, model: TunableModule, batch: Any) -> Tensor:
-        """Return the loss of ``batch`` without penalties, ``()``.
-
-        Raises:
-            ShapeError: The loss is not one number, or the batch is not ``(inputs, target)``.
-        """
-        device = model.hyperparameters.unconstrained.device
-        with self.autocast(device):
-            if self.forward_loss is not None:
-                return _scalar(self.forward_loss(model, batch), "forward_loss")
-            if not isinstance(batch, list | tuple) or len(batch) != 2:
-                raise ShapeError(
-                    f"batches must be (inputs, target) pairs, but got {type(batch).__name__}"
-                    f"{f' of length {len(batch)}' if isinstance(batch, list | tuple) else ''}. "
-                    f"Pass `forward_loss=fn(model, batch) -> scalar` for any other kind."
-                )
-            assert self.criterion is not None
-            return _scalar(self.criterion(model(batch[0]), batch[1]), "criterion")
-
-    def penalty(self, model: TunableModule, batch: Any) -> Tensor | float:
-        """Return the users' penalties in the pass that runs, averaged over the batch."""
-        space = model.hyperparameters
-        penalties = [
-            site.penalty(model, batch, space[site.column]).mean()
-            for site in self.losses
-            if site.penalty is not None
-        ]
-        return torch.stack(penalties).sum() if penalties else 0.0
-
-    def add_decay_gradients(
-        self, model: TunableModule, perturbation: Perturbation, share: float
-    ) -> None:
-        """Add ``share`` of the weight decays' gradient to that of the response parameters.
-
-        The penalty is the batch mean of ``c_i / 2 ||w_0 + Theta epsilon_i||^2``, each example with
-        its own coefficient and weights; w_0 is a constant. Source: [DeltaSTN] G.2, H.1.
-        """
-        space, constrained = model.hyperparameters, perturbation.constrained
-        assert constrained is not None
-        parameters, responses = model.general_parameters(), model.weight_responses()
-        for site in self.decays:
-            coefficient = constrained[:, space.index(site.column)] * (share / len(constrained))
-            for name in (name for name in site.parameters if name in responses):
-                responses[name].add_decay_gradient(
-                    parameters[name], perturbation.response_input, coefficient
-                )
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Return a context in which operations run in ``amp_dtype``, if there is one."""
-        if self.amp_dtype is None:
-            return nullcontext()
-        return torch.autocast(device.type, dtype=self.amp_dtype)
 
 
 @dataclass(frozen=True)
@@ -146,8 +79,8 @@ def response_step(
             share = size / max(sum(sizes), 1)
             batch = first_rows(to_device(batch, model), size)
             perturbation = training_perturbation(model.hyperparameters, size)
-            with _running(model, forward, perturbation):
-                loss = objective(model, batch) + objective.penalty(model, batch)
+            with _running(model, forward, perturbation, perturbation.constrained):
+                loss = objective.training(model, batch)
             torch.autograd.backward(share * loss, inputs=list(parameters.values()))
             objective.add_decay_gradients(model, perturbation, share)
             losses.append(share * loss.detach())
@@ -162,11 +95,14 @@ def validation_step(
     entropy_weight: float = 0.0,
     centred: bool = True,
     forward: Forward | None = None,
+    baseline: float | None = None,
 ) -> StepResult:
     """Return the gradient of the validation loss for lambda and sigma.
 
     Eval mode, perturbed but not linearised, lambda_0 held fixed:
     ``E L_V(f(x, r(lambda + epsilon, lambda_0))) - tau H``. Source: [DeltaSTN] Algorithm 1, Eq. 2.7.
+    Of hyperparameters that the validation loss itself reads, the gradient is the score function's,
+    ``(L_V - baseline) * grad log p(lambda + epsilon)``, through the response as well ([STN] 3.5).
 
     Args:
         model: Any mode; it is put back.
@@ -175,6 +111,8 @@ def validation_step(
         entropy_weight: tau.
         centred: False for the uncentred [STN] parameterisation.
         forward: Compiled stand-in for the forward function.
+        baseline: What the score function subtracts from the loss; None for the loss itself, which
+            leaves no gradient of such hyperparameters.
 
     Returns:
         The loss without the entropy term, and gradients ``"unconstrained"`` and ``"raw_scale"``.
@@ -182,13 +120,18 @@ def validation_step(
     space = model.hyperparameters
     forward = forward or perturbed_forward
     batch = to_device(batch, model)
-    perturbation = validation_perturbation(space, _examples(batch), centred=centred)
-    with model.evaluating(), _running(model, forward, perturbation):
-        loss = objective(model, batch)
+    direct = [space.index(site.column) for site in objective.losses if site.at_validation]
+    examples = _examples(batch)
+    perturbation = validation_perturbation(space, examples, centred=centred, detached=direct)
+    drawn = Drawn.by(perturbation, space, centred)
+    read = drawn.constrained if direct else None
+    with model.evaluating(), _running(model, forward, perturbation, read):
+        loss = objective.validation(model, batch)
+    minimised = loss - entropy_weight * space.entropy()
+    if direct and baseline is not None:
+        minimised = minimised + (loss.detach() - baseline) * drawn.log_density(direct)
     parameters = {"unconstrained": space.unconstrained, "raw_scale": space.raw_scale}
-    found = torch.autograd.grad(
-        loss - entropy_weight * space.entropy(), list(parameters.values()), materialize_grads=True
-    )
+    found = torch.autograd.grad(minimised, list(parameters.values()), materialize_grads=True)
     return StepResult(loss.detach(), dict(zip(parameters, found, strict=True)))
 
 
@@ -211,8 +154,9 @@ def _gradients_taken(
 
 
 def _running(
-    model: TunableModule, forward: Forward, perturbation: Perturbation
+    model: TunableModule, forward: Forward, perturbation: Perturbation, read: Tensor | None
 ) -> AbstractContextManager[None]:
+    """Return a context in which the model predicts perturbed, and losses read ``read``."""
     rows = len(perturbation.response_input)
 
     def chosen(graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -223,6 +167,7 @@ def _running(
                 f"each, but it was called with {given[0]}. Call it once for each view, or put the "
                 f"views into the batch."
             )
+        args, kwargs = model.tunables.augmented(args, kwargs, perturbation.constrained)
         outputs = forward(graph, args, kwargs, perturbation)
         if not any(isinstance(leaf, Tensor) for leaf in leaves(outputs)):
             raise ShapeError(
@@ -231,7 +176,7 @@ def _running(
             )
         return outputs
 
-    return model.running(chosen, perturbation.constrained)
+    return model.running(chosen, read)
 
 
 def to_device(batch: Any, model: TunableModule) -> Any:
@@ -271,12 +216,3 @@ def _part(full: int, fraction: float) -> int:
 
 def _wide(value: Tensor) -> torch.dtype:
     return torch.promote_types(value.dtype, torch.float32)
-
-
-def _scalar(loss: Tensor, name: str) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ShapeError(
-            f"`{name}` must return one number, but got {got}. Use reduction='mean' or `.mean()`."
-        )
-    return loss.reshape(())

@@ -7,14 +7,17 @@ at the current hyperparameters. Perturbed passes run the same graph, under ``run
 import inspect
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from stnify.augment import Augment
 from stnify.errors import ShapeError, UsageError
 from stnify.layers import BiasResponse, HyperLayer, WeightResponse
+from stnify.penalties import Recorder
+from stnify.regularizers.connect import weight_factors, weights_scaled
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
 
@@ -25,6 +28,18 @@ Pass = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 """``(graph, args, kwargs) -> prediction``: one way to run the graph."""
 
 
+class Mixing(NamedTuple):
+    """Whom each example of a batch was mixed with.
+
+    Attributes:
+        partner: ``(batch,)``, the row it was mixed with.
+        share: ``(batch,)``, what is left of its own.
+    """
+
+    partner: Tensor
+    share: Tensor
+
+
 class Tunables(nn.Module):
     """What a conversion adds: hyperparameters, hyper layers, noise.
 
@@ -32,6 +47,9 @@ class Tunables(nn.Module):
         space: The hyperparameters.
         layers: Hyper layers, by the qualified name of the layer they serve.
         noises: Noise sites, by their place.
+        weight_noises: Noise on weights.
+        augment: Augmentations of the model's first input, if there are any.
+        mixing: Whom each example of the latest augmented batch was mixed with, if any.
         fixed: Noise nobody tunes, as modules that follow ``train()`` and ``eval()``.
         functions: Functions that are called as they are.
         swapped: Modules that are rewritten from the inside.
@@ -45,10 +63,44 @@ class Tunables(nn.Module):
         self.untraced = untraced
         self.layers = nn.ModuleDict()
         self.noises = nn.ModuleDict()
+        self.weight_noises = nn.ModuleList()
+        self.augment: Augment | None = None
+        self.mixing: Mixing | None = None
         self.fixed = nn.ModuleDict()
         self.functions = nn.ModuleDict()
         self.swapped = nn.ModuleDict()
         self.constants = nn.Module()
+
+    @property
+    def recorders(self) -> list[Recorder]:
+        """Sites that keep activations for a penalty."""
+        return [site for site in self.noises.values() if isinstance(site, Recorder)]
+
+    def weights_disturbed(
+        self, graph: nn.Module, constrained: Tensor | None
+    ) -> AbstractContextManager[None]:
+        """Return a context in which the weights of ``graph`` are under noise."""
+        factors = weight_factors(self.weight_noises, graph.get_parameter, constrained)
+        return weights_scaled(graph, factors) if factors else nullcontext()
+
+    def augmented(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], constrained: Tensor | None
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Return the model's arguments with the first one augmented, in training.
+
+        Args:
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            constrained: ``(h,)``, ``(batch, h)``, or None to leave all as it is.
+        """
+        if self.augment is None or constrained is None or not self.training:
+            return args, kwargs
+        name = None if args else next(iter(kwargs), None)
+        mixed = self.augment(args[0] if name is None else kwargs[name], constrained)
+        self.mixing = None if mixed.partner is None else Mixing(mixed.partner, mixed.share)
+        if name is None:
+            return (mixed.images, *args[1:]), kwargs
+        return args, {**kwargs, name: mixed.images}
 
 
 class WholeFunction(nn.Module):
@@ -271,8 +323,18 @@ class TunableModule(nn.Module):
             graph = self._graph if self._running else self._compiled.get("general", self._graph)
             return chosen(graph, args, kwargs)
         graph = self._compiled.get("general", self._graph)
+        constrained = self.hyperparameters.current
         with self._noise_stream():
-            return graph(*args, **kwargs, constrained=self.hyperparameters.current)
+            args, kwargs = self.tunables.augmented(args, kwargs, constrained)
+            with self.tunables.weights_disturbed(self._graph, constrained):
+                return graph(*args, **kwargs, constrained=constrained)
+
+    def take_records(self) -> dict[str, list[Tensor]]:
+        """Return activations kept for penalties, by hyperparameter, and let go of them."""
+        records: dict[str, list[Tensor]] = {}
+        for recorder in self.tunables.recorders:
+            records.setdefault(recorder.column, []).extend(recorder.take())
+        return records
 
     def call_before_training(self, function: Callable[[], None]) -> None:
         """Call ``function`` before every pass of the user's own that may be differentiated."""
@@ -338,7 +400,9 @@ class TunableModule(nn.Module):
 
     def _noise_stream(self) -> Any:
         """Draw noise from stnify's own stream, unless there is none or a compiler is tracing."""
-        if not self.tunables.noises or torch.compiler.is_compiling():
+        tunables = self.tunables
+        drawing = tunables.noises or tunables.weight_noises or tunables.augment is not None
+        if not drawing or torch.compiler.is_compiling():
             return nullcontext()
         return self._stream.active()
 

@@ -16,13 +16,17 @@ from stnify.linearize import Forward
 from stnify.loaders import EndlessLoader
 from stnify.methods import Cadence, Counters, Method
 from stnify.nested import map_tensors
+from stnify.objective import Objective, mixing_columns
 from stnify.optimizer import Decays
 from stnify.schedule import History, Record
-from stnify.step import Objective, StepResult, response_step, validation_step
+from stnify.step import StepResult, response_step, validation_step
 from stnify.streams import RandomStream
 from stnify.tunable import TunableModule
 from stnify.uncentred import UncentredTraining, uncentred_evaluation
 from stnify.verify import set_layouts, verify
+
+BASELINE_MEMORY = 0.9
+"""Weight of the past in the running mean of the validation loss."""
 
 _COUNTED = {"validation": "validation_steps", "response": "training_steps"}
 
@@ -67,6 +71,7 @@ class Tuner:
     flops: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._baseline: float | None = None
         self._gradients: dict[str, Tensor] = {}
         self._versions: list[tuple[Tensor, int]] = []
         self._fetched: list[Any] = []
@@ -176,13 +181,19 @@ class Tuner:
     def _refuse_unused(self) -> None:
         if self.counters.training_steps:
             return
-        read = self.model.hyperparameters.read
-        unused = [site.column for site in self.objective.losses if site.column not in read]
+        space = self.model.hyperparameters
+        acting = [site.column for site in self.objective.losses] + mixing_columns(space)
+        unused = [column for column in acting if column not in space.read]
         if unused:
+            kind = space.columns[space.index(unused[0])].kind
+            own = "if it has a penalty, " if kind == "Hyperparameter" else ""
+            other = (
+                f"or read `stn.hyperparameters[{unused[0]!r}]` inside your criterion or "
+                f"forward_loss."
+            )
             raise UsageError(
                 f"hyperparameter {unused[0]!r} was declared but the training loss never used it. "
-                f"Compute the loss with `stn.criterion(model(x), y)` if it has a penalty, or read "
-                f"`stn.hyperparameters[{unused[0]!r}]` inside your criterion or forward_loss."
+                f"Compute the loss with `stn.criterion(model(x), y)` {own}{other}"
             )
 
     def verify(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -288,13 +299,15 @@ class Tuner:
                     entropy_weight=self.cadence.entropy_weight,
                     centred=self.method.centred,
                     forward=self.forwards.get("validation"),
+                    baseline=self._baseline,
                 )
         finally:
             read, space.read = space.read, space.read | known
         self.counters.validation_steps += 1
-        self._warn_of_reads(read)
+        self._warn_of_reads(read - {s.column for s in self.objective.losses if s.at_validation})
         if result.is_finite:
             self._move(result)
+            self._follow(float(result.loss))
         else:
             self._skip(result)
         self._record(float(result.loss))
@@ -307,6 +320,11 @@ class Tuner:
         self.hyper_optimizer.step()
         self.hyper_optimizer.zero_grad()
         space.refresh()
+
+    def _follow(self, loss: float) -> None:
+        """Let the baseline of the score function follow the validation loss."""
+        before = loss if self._baseline is None else self._baseline
+        self._baseline = BASELINE_MEMORY * before + (1 - BASELINE_MEMORY) * loss
 
     @torch.no_grad()
     def _set_fixed_values(self) -> None:
@@ -368,6 +386,7 @@ class Tuner:
             "verify_inputs": self.verify_inputs,
             "layouts": dict(self.layouts),
             "flops": dict(self.flops),
+            "baseline": self._baseline,
             "read": sorted(self.model.hyperparameters.read),
         }
 
@@ -387,6 +406,7 @@ class Tuner:
         self.layouts = dict(state["layouts"])
         set_layouts(self.model, self.layouts)
         self.flops = dict(state["flops"])
+        self._baseline = state["baseline"]
         self.model.hyperparameters.read.update(state["read"])
         self.observed = []
 

@@ -16,7 +16,7 @@ from stnify.plan import DecaySite
 from stnify.rows import batch_size
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
-from stnify.tunable import PREFIX, TunableModule
+from stnify.tunable import PREFIX, TunableModule, Tunables
 
 
 class UncentredTraining:
@@ -43,7 +43,10 @@ class UncentredTraining:
             if torch.is_grad_enabled():
                 self.drawn.append(perturbation)
             space.active = perturbation.constrained
-            return graph(*args, **kwargs, **perturbation._asdict())
+            tunables = _tunables(graph)
+            args, kwargs = tunables.augmented(args, kwargs, perturbation.constrained)
+            with tunables.weights_disturbed(cast(nn.Module, graph), perturbation.constrained):
+                return graph(*args, **kwargs, **perturbation._asdict())
 
     def decay_gradients(
         self, model: TunableModule, sites: tuple[DecaySite, ...]
@@ -83,4 +86,8 @@ def uncentred_evaluation(
 
 
 def _space(graph: Any) -> HyperparameterSpace:
-    return cast(HyperparameterSpace, graph.get_submodule(PREFIX).space)
+    return _tunables(graph).space
+
+
+def _tunables(graph: Any) -> Tunables:
+    return cast(Tunables, graph.get_submodule(PREFIX))

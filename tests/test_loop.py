@@ -29,7 +29,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler
 
 from stnify import Dropout, Hyperparameter, ShapeError, UsageError, WeightDecay
-from stnify.step import Objective, response_step
+from stnify.objective import Objective
+from stnify.step import response_step
 
 STEPS = 20
 

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from stnify import STN, Dropout, Hyperparameter, WeightDecay, stnify
 from stnify.linearize import perturbed_forward
+from stnify.objective import Objective
 from stnify.perturb import Perturbation
 from stnify.rows import RowLayout
-from stnify.step import Objective, validation_step
+from stnify.step import validation_step
 
 # A decoder, as nanoGPT has it ---------------------------------------------------------------------
 

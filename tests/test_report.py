@@ -219,8 +219,8 @@ def test_json_says_everything_the_plan_does():
     assert found["decays"][0]["column"] == "weight_decay"
     assert "0.0.weight" in found["decays"][0]["parameters"]
     assert found["losses"] == [
-        {"column": "idle", "penalty": "no_penalty"},
-        {"column": "free", "penalty": None},
+        {"column": "idle", "kind": "Hyperparameter", "penalty": "no_penalty"},
+        {"column": "free", "kind": "Hyperparameter", "penalty": None},
     ]
     assert {r["name"]: r["reason"] for r in found["refusals"]} == {
         "2": "frozen (requires_grad=False)"

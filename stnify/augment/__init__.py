@@ -22,14 +22,16 @@ from stnify.augment.erase import cutout, random_erasing
 from stnify.augment.geometry import affine, horizontal_flip, inverse_matrices, warp
 from stnify.augment.mix import Mixed, cutmix, mixed_targets, mixup
 from stnify.augment.noise import gaussian_noise, scaling_noise
-from stnify.augment.pipeline import AUGMENTATIONS, Augment
+from stnify.augment.pipeline import AUGMENTATIONS, MIXES, Augment, Stats
 from stnify.augment.randaugment import OPERATIONS, rand_augment
 
 __all__ = [
     "AUGMENTATIONS",
+    "MIXES",
     "OPERATIONS",
     "Augment",
     "Mixed",
+    "Stats",
     "adjust_brightness",
     "adjust_contrast",
     "adjust_hue",

@@ -99,6 +99,32 @@ class WeightResponse(nn.Module):
             self.response.grad.addcmul_(general, _along(first, general, self.axis))
             self.response.grad.addcmul_(response, _along(second, general, self.axis))
 
+    @torch.no_grad()
+    def add_slope_gradient(
+        self, general: Tensor, slope: Tensor, response_input: Tensor, coefficient: Tensor
+    ) -> None:
+        """Add the gradient of ``sum_i c_i <slope, gate_i * W_response>`` to ``.grad``.
+
+        Args:
+            general: W, a constant.
+            slope: Gradient of a penalty on the weight at W, of its shape.
+            response_input: ``(batch, h)``.
+            coefficient: c, ``(batch,)``.
+        """
+        gates = self.gates(response_input)
+        weights = coefficient.to(gates.dtype)[:, None]
+        products, _ = _inner_products(
+            _by_unit(slope, self.axis, gates.shape[1]),
+            _by_unit(self.weight(general), self.axis, gates.shape[1]),
+        )
+        assert self.gate.grad is not None
+        weighted_inputs = (weights * response_input.to(gates.dtype)).sum(0)
+        self.gate.grad.addmm_(products[:, None], weighted_inputs[None])
+        if self.response is not None:
+            assert self.response.grad is not None
+            along = _along((weights * gates).sum(0), general, self.axis)
+            self.response.grad.addcmul_(slope, along)
+
 
 _CACHED = 2**19
 """Numbers whose product stays in the cache: fresh memory costs more than the arithmetic."""

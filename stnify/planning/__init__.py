@@ -6,14 +6,12 @@ from types import MappingProxyType
 
 from torch import nn
 
-from stnify.declare import Decay, Declaration, LossTerm, Pattern, Site, refuse_duplicates
+from stnify.declare import Declaration, Pattern, refuse_duplicates
 from stnify.errors import DeclarationError, UnsupportedModuleError
-from stnify.plan import DecaySite, LossSite, NoiseSite, Plan, ResponseKind
-from stnify.planning.decay import decay_sites
+from stnify.plan import AugmentationSite, DecaySite, NoiseSite, Plan, ResponseKind, WeightNoiseSite
+from stnify.planning.declared import found_for
 from stnify.planning.modules import WEIGHT_MODULES
-from stnify.planning.noise import noise_sites
 from stnify.planning.weights import count_responses, weight_sites
-from stnify.space import Column
 from stnify.trace import Traced
 
 
@@ -55,34 +53,24 @@ def make_plan(
             f"{type(model).__name__} must hold at least one trainable layer that can respond "
             f"({', '.join(kinds)}), but there is none to rewrite: {refused}."
         )
-    columns: list[Column] = []
-    noises: list[NoiseSite] = []
-    decayed_sites: list[DecaySite] = []
-    losses: list[LossSite] = []
-    for declaration in declared:
-        match declaration:
-            case Site():
-                resolved, found = noise_sites(model, traced, declaration, scale)
-                noises += found
-            case Decay():
-                resolved, decayed = decay_sites(model, declaration, scale, decays)
-                decayed_sites += decayed
-            case LossTerm():
-                resolved = [Column.of(declaration, declaration.name, 0.0, scale)]
-                losses.append(LossSite(declaration.name, declaration.penalty))
-            case _:
-                raise DeclarationError(
-                    f"{declaration!r} must be a Site, a Decay or a LossTerm to have a place."
-                )
-        columns += resolved
+    found = [found_for(model, traced, declaration, scale, decays) for declaration in declared]
+    columns = [column for part in found for column in part.columns]
+    noises = [site for part in found for site in part.noises]
+    decayed = [site for part in found for site in part.decays]
+    disturbed = [site for part in found for site in part.weight_noises]
     refuse_duplicates(column.name for column in columns)
-    _refuse_shared_places(noises, decayed_sites)
+    _refuse_shared_places(noises)
+    _refuse_repeated([site for part in found for site in part.augmentations])
+    _refuse_shared_weights(decayed, "decay")
+    _refuse_shared_weights(disturbed, "noise")
     return Plan(
         columns=tuple(columns),
         weights=tuple(count_responses(model, weights, len(columns), response)),
         noises=tuple(noises),
-        decays=tuple(decayed_sites),
-        losses=tuple(losses),
+        augmentations=tuple(site for part in found for site in part.augmentations),
+        weight_noises=tuple(disturbed),
+        decays=tuple(decayed),
+        losses=tuple(site for part in found for site in part.losses),
         refusals=tuple(refusals),
         response=response,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -90,20 +78,37 @@ def make_plan(
     )
 
 
-def _refuse_shared_places(noises: Sequence[NoiseSite], decays: Sequence[DecaySite]) -> None:
-    claims = [(site.place, site.node, site.kind, site.name) for site in noises]
+def _refuse_shared_places(noises: Sequence[NoiseSite]) -> None:
+    claims = [(site.place, site.node, site.last, site.kind, site.name) for site in noises]
     twice = [claim for claim, count in Counter(claims).items() if count > 1]
     if twice:
+        name = twice[0][-1]
         raise DeclarationError(
-            f"a place can have one hyperparameter of a kind, but {twice[0][3]!r} is claimed by "
-            f"{[site.column for site in noises if site.name == twice[0][3]]}. Narrow `at`, "
+            f"a place can have one hyperparameter of a kind, but {name!r} is claimed by "
+            f"{[site.column for site in noises if site.name == name]}. Narrow `at`, "
             f"`after` or `exclude`."
         )
-    decayed = Counter(name for site in decays for name in site.parameters)
-    shared = [name for name, count in decayed.items() if count > 1]
-    if shared:
+
+
+def _refuse_repeated(augmentations: Sequence[AugmentationSite]) -> None:
+    kinds = Counter(site.kind for site in augmentations)
+    for kind in (kind for kind, count in kinds.items() if count > 1):
         raise DeclarationError(
-            f"a weight can have one tuned decay, but {shared[0]!r} is claimed by "
-            f"{[site.column for site in decays if shared[0] in site.parameters]}. Narrow `at` or "
-            f"`exclude`."
+            f"images can have one augmentation of a kind, but {kind} is declared as "
+            f"{[site.column for site in augmentations if site.kind == kind]}. Keep one of them."
+        )
+
+
+def _refuse_shared_weights(
+    sites: Sequence[DecaySite] | Sequence[WeightNoiseSite], what: str
+) -> None:
+    """Raise DeclarationError if two hyperparameters of one kind act on a weight."""
+    claims = [(getattr(site, "kind", what), name) for site in sites for name in site.parameters]
+    shared = [claim for claim, count in Counter(claims).items() if count > 1]
+    if shared:
+        name = shared[0][1]
+        columns = [s.column for s in sites if name in s.parameters]
+        raise DeclarationError(
+            f"a weight can have one tuned {what} of a kind, but {name!r} is claimed by "
+            f"{columns}. Narrow `at` or `exclude`."
         )

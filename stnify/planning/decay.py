@@ -1,14 +1,17 @@
-"""Find the weights a decay penalises."""
+"""Find the weights a decay penalises, or noise disturbs."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from stnify.declare import Decay, Pattern, WeightDecay
+from stnify.declare import Decay, Pattern, WeightNoise
 from stnify.errors import DeclarationError
 from stnify.patterns import choose, matches, require
-from stnify.plan import DecaySite
+from stnify.plan import DecaySite, WeightNoiseSite
 from stnify.space import Column
+
+DECAYS = ("WeightDecay", "L1Penalty")
+"""Kinds of decay that have a penalty."""
 
 
 def decay_sites(
@@ -22,31 +25,59 @@ def decay_sites(
     Raises:
         DeclarationError: It matches no candidate, or is of a kind without a penalty.
     """
-    if not isinstance(declaration, WeightDecay):
+    kind = type(declaration).__name__
+    if kind not in DECAYS:
         raise DeclarationError(
-            f"{declaration.name!r} must be a WeightDecay to have a penalty, but is a "
-            f"{type(declaration).__name__}. Use Hyperparameter(penalty=...) for one of your own."
+            f"{declaration.name!r} must be one of {', '.join(DECAYS)} to have a penalty, but is a "
+            f"{kind}. Use Hyperparameter(penalty=...) for one of your own."
         )
+    by_column = _weights_by_column(model, declaration, without=_no_decay(model))
+    if kind != "WeightDecay":
+        own = {}
+    columns = [
+        Column.of(declaration, column, _start(declaration, [own.get(n, 0.0) for n in names]), scale)
+        for column, names in by_column.items()
+    ]
+    return columns, [DecaySite(column, tuple(names), kind) for column, names in by_column.items()]
+
+
+def weight_noise_sites(
+    model: nn.Module, declaration: WeightNoise, scale: float
+) -> tuple[list[Column], list[WeightNoiseSite]]:
+    """Return the hyperparameters of ``declaration`` and the weights they disturb.
+
+    Candidates are trainable weights of two or more dimensions.
+
+    Raises:
+        DeclarationError: It matches no candidate.
+    """
+    by_column = _weights_by_column(model, declaration)
+    columns = [
+        Column.of(declaration, column, declaration.default_init, scale) for column in by_column
+    ]
+    return columns, [WeightNoiseSite(column, tuple(names)) for column, names in by_column.items()]
+
+
+def _weights_by_column(
+    model: nn.Module, declaration: Decay | WeightNoise, without: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Return the weights a declaration chooses, by the name of their hyperparameter."""
     candidates = {
         name: model.get_submodule(name.rpartition(".")[0])
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and parameter.requires_grad and name not in _no_decay(model)
+        if parameter.ndim >= 2 and parameter.requires_grad and name not in without
     }
     candidates = {n: m for n, m in candidates.items() if not getattr(m, "sparse", False)}
     purpose = f"`at` of {declaration.name!r}"
-    chosen = require(_decayed(declaration.at, candidates), declaration.at, candidates, purpose)
-    excluded = set(_decayed(declaration.exclude, candidates))
+    chosen = require(_chosen(declaration.at, candidates), declaration.at, candidates, purpose)
+    excluded = set(_chosen(declaration.exclude, candidates))
     kept = [name for name in chosen if name not in excluded]
     require(kept, declaration.exclude, chosen, f"{purpose} less `exclude`")
     by_column: dict[str, list[str]] = {}
     for name in kept:
         suffix = f".{name.rpartition('.')[0]}" if declaration.per_layer else ""
         by_column.setdefault(declaration.name + suffix, []).append(name)
-    columns = [
-        Column.of(declaration, column, _start(declaration, [own.get(n, 0.0) for n in names]), scale)
-        for column, names in by_column.items()
-    ]
-    return columns, [DecaySite(column, tuple(names)) for column, names in by_column.items()]
+    return by_column
 
 
 def _start(declaration: Decay, own: Sequence[float]) -> float:
@@ -55,7 +86,7 @@ def _start(declaration: Decay, own: Sequence[float]) -> float:
     return mean if low < mean < high else declaration.default_init
 
 
-def _decayed(patterns: Pattern, weights: Mapping[str, nn.Module]) -> list[str]:
+def _chosen(patterns: Pattern, weights: Mapping[str, nn.Module]) -> list[str]:
     """Choose weights by their own name, their module's name or its type."""
     by_weight = set(choose(patterns, weights))
     globs = [patterns] if isinstance(patterns, str | type) else list(patterns)
@@ -67,6 +98,6 @@ def _decayed(patterns: Pattern, weights: Mapping[str, nn.Module]) -> list[str]:
     ]
 
 
-def _no_decay(model: nn.Module) -> set[str]:
+def _no_decay(model: nn.Module) -> tuple[str, ...]:
     names = getattr(model, "no_weight_decay", None)
-    return set(names()) if callable(names) else set()
+    return tuple(names()) if callable(names) else ()

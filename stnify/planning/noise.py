@@ -1,39 +1,79 @@
 """Find the places where noise acts: existing modules and functions, and places to insert it."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
 
-from stnify.declare import Dropout, Pattern, Site
+from stnify.declare import (
+    ActivationTerm,
+    AlphaDropout,
+    AttentionDropout,
+    DropBlock,
+    Dropout,
+    DropPath,
+    EmbeddingDropout,
+    LockedDropout,
+    Pattern,
+    Site,
+)
 from stnify.errors import DeclarationError
 from stnify.patterns import require, require_each
-from stnify.plan import Granularity, NoiseSite
+from stnify.plan import Granularity, NoisePlace, NoiseSite
+from stnify.planning.residual import residual_branches
 from stnify.space import Column
 from stnify.trace import Traced, caller, swappable
 
 ELEMENTS: Granularity = ("element", 0)
-EXISTING_MODULES: dict[type[Site], dict[type[nn.Module], Granularity]] = {
+CHANNELS: dict[int, Granularity] = {1: ("channel", 1), 2: ("channel", 2), 3: ("channel", 3)}
+ROWS: Granularity = ("row", 0)
+BATCH: Granularity = ("batch", 0)
+
+Existing = Granularity | Callable[[nn.Module], Granularity]
+
+
+def _by_mode(module: nn.Module) -> Granularity:
+    """Return what torchvision's ``mode`` means."""
+    return BATCH if module.mode == "batch" else ROWS
+
+
+EXISTING_MODULES: dict[type[Site], dict[type[nn.Module] | str, Existing]] = {
     Dropout: {
         nn.Dropout: ELEMENTS,
-        nn.Dropout1d: ("channel", 1),
-        nn.Dropout2d: ("channel", 2),
-        nn.Dropout3d: ("channel", 3),
+        nn.Dropout1d: CHANNELS[1],
+        nn.Dropout2d: CHANNELS[2],
+        nn.Dropout3d: CHANNELS[3],
+    },
+    AlphaDropout: {nn.AlphaDropout: ELEMENTS, nn.FeatureAlphaDropout: CHANNELS[1]},
+    EmbeddingDropout: {nn.Embedding: ELEMENTS},
+    DropPath: {
+        "timm.layers.drop.DropPath": ROWS,
+        "torchvision.ops.stochastic_depth.StochasticDepth": _by_mode,
+    },
+    DropBlock: {
+        "timm.layers.drop.DropBlock2d": ELEMENTS,
+        "torchvision.ops.drop_block.DropBlock2d": ELEMENTS,
     },
 }
-"""Modules a kind of site takes over, by exact type."""
+"""Modules a kind of site takes over, by exact type or its qualified name."""
 
 EXISTING_FUNCTIONS: dict[type[Site], dict[Callable[..., Any], Granularity]] = {
     Dropout: {
         F.dropout: ELEMENTS,
-        F.dropout1d: ("channel", 1),
-        F.dropout2d: ("channel", 2),
-        F.dropout3d: ("channel", 3),
+        F.dropout1d: CHANNELS[1],
+        F.dropout2d: CHANNELS[2],
+        F.dropout3d: CHANNELS[3],
     },
+    AlphaDropout: {F.alpha_dropout: ELEMENTS, F.feature_alpha_dropout: CHANNELS[1]},
+    AttentionDropout: {F.scaled_dot_product_attention: ELEMENTS},
 }
 """Functions a kind of site takes over."""
+
+RATE_NAMES = ("p", "dropout_p", "drop_prob")
+"""What libraries call the rate of their noise, in modules and as arguments."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +81,13 @@ class _Place:
     """A ``NoiseSite`` before it has a hyperparameter, and the rate the model had there."""
 
     name: str
-    place: Literal["replace", "after", "swap"]
+    place: NoisePlace
     node: str
     last: str
     granularity: Granularity = ELEMENTS
     rate: float | None = None
     inside: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def noise_sites(
@@ -57,12 +98,7 @@ def noise_sites(
     Raises:
         DeclarationError: It matches nothing, or a module that does not return one tensor.
     """
-    if declaration.at == "input":
-        places = [_input_place(traced)]
-    elif declaration.after is not None:
-        places = _places_after(model, traced, declaration)
-    else:
-        places = _existing_places(model, traced, declaration)
+    places = _places(model, traced, declaration)
     by_column: dict[str, list[_Place]] = {}
     for place in places:
         suffix = f".{place.name}" if declaration.per_layer else ""
@@ -71,13 +107,43 @@ def noise_sites(
         Column.of(declaration, name, _start(declaration, members), scale)
         for name, members in by_column.items()
     ]
-    kind = type(declaration).__name__
+    settings = dict(declaration.settings())
+    factors = _factors(len(places)) if settings.pop("by_depth", False) else [1.0] * len(places)
+    factor_of = dict(zip([(place.node, place.last) for place in places], factors, strict=True))
     sites = [
-        NoiseSite(p.name, kind, p.place, p.node, p.last, column, p.granularity, p.inside)
+        NoiseSite(
+            name=place.name,
+            kind=type(declaration).__name__,
+            place=place.place,
+            node=place.node,
+            last=place.last,
+            column=column,
+            granularity=place.granularity,
+            inside=place.inside,
+            settings={**settings, **place.settings},
+            factor=factor_of[place.node, place.last],
+        )
         for column, members in by_column.items()
-        for p in members
+        for place in members
     ]
     return columns, sites
+
+
+def _places(model: nn.Module, traced: Traced, declaration: Site) -> list[_Place]:
+    """Return where a declaration acts: where it says, on what exists, or at its usual place."""
+    if declaration.after is not None:
+        return _places_after(model, traced, declaration)
+    if isinstance(declaration.at, str) and declaration.at in INSERTIONS:
+        return INSERTIONS[declaration.at](model, traced, declaration)
+    places = [p for node in traced.graph.nodes for p in _existing(model, node, type(declaration))]
+    if declaration.at is None and not places and declaration.default_place is not None:
+        return INSERTIONS[declaration.default_place](model, traced, declaration)
+    return _existing_places(model, places, declaration)
+
+
+def _factors(count: int) -> list[float]:
+    """Return what the rate is multiplied by along the depth, from zero to one."""
+    return [index / (count - 1) for index in range(count)] if count > 1 else [1.0]
 
 
 def _start(declaration: Site, places: Sequence[_Place]) -> float:
@@ -88,18 +154,68 @@ def _start(declaration: Site, places: Sequence[_Place]) -> float:
     return mean if low < mean < high else declaration.default_init
 
 
-def _input_place(traced: Traced) -> _Place:
+# Insertion ----------------------------------------------------------------------------------------
+
+
+def _inserted(declaration: Site | ActivationTerm) -> Granularity:
+    """Return the granularity of noise that is inserted."""
+    match declaration:
+        case DropPath():
+            return ROWS
+        case LockedDropout():
+            return ("time", declaration.time)
+        case Dropout() if declaration.channel_dims:
+            return CHANNELS[declaration.channel_dims]
+        case _:
+            return ELEMENTS
+
+
+def _input_place(model: nn.Module, traced: Traced, declaration: Site) -> list[_Place]:
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     if not inputs or "" in traced.opaque:
         raise DeclarationError(
             '`at="input"` needs a model whose forward takes an input and can be traced: '
             f"{traced.opaque.get('', 'it takes no input')}."
         )
-    return _Place("input", "after", inputs[0].name, inputs[-1].name)
+    granularity = _inserted(declaration)
+    return [_Place("input", "after", inputs[0].name, inputs[-1].name, granularity)]
 
 
-def _places_after(model: nn.Module, traced: Traced, declaration: Site) -> list[_Place]:
+def _residual_places(model: nn.Module, traced: Traced, declaration: Site) -> list[_Place]:
+    """Return a place at the end of every residual branch."""
+    found = residual_branches(model, traced)
+    if not found:
+        opaque = "; ".join(f"{name or 'it'} {why}" for name, why in traced.opaque.items())
+        raise DeclarationError(
+            f"{declaration.name!r} acts on residual branches, but no addition in the graph of "
+            f"{type(model).__name__} has a branch and a skip{f' ({opaque})' if opaque else ''}. "
+            f"Name modules in `after=`."
+        )
+    excluded = require_each(
+        declaration.exclude,
+        {branch.name: None for branch in found},
+        f"`exclude` of {declaration.name!r}",
+    )
+    return [
+        _Place(branch.name, "operand", branch.node, branch.addition, _inserted(declaration))
+        for branch in found
+        if branch.name not in excluded
+    ]
+
+
+INSERTIONS: dict[str, Callable[[nn.Module, Traced, Site], list[_Place]]] = {
+    "input": _input_place,
+    "residual": _residual_places,
+}
+"""Word for ``at`` to the places it stands for."""
+
+
+def _places_after(
+    model: nn.Module, traced: Traced, declaration: Site | ActivationTerm
+) -> list[_Place]:
+    """Return the places behind the modules that ``after`` matches."""
     assert declaration.after is not None
+    granularity = _inserted(declaration)
     candidates = {name: model.get_submodule(name) for name in traced.outputs if name}
     purpose = f"`after` of {declaration.name!r}"
     places: list[_Place] = []
@@ -110,18 +226,55 @@ def _places_after(model: nn.Module, traced: Traced, declaration: Site) -> list[_
                     f"{purpose} must match modules that return one tensor, but {name!r} returns "
                     f"{type(output.value).__name__}. Choose a module inside it."
                 )
-            places.append(_Place(name, "after", output.value.name, output.last.name))
+            value, last = _first_of_several(output.value), output.last
+            last = value if value is not output.value else last
+            places.append(_Place(name, "after", value.name, last.name, granularity))
     return places
 
 
-def _existing_places(model: nn.Module, traced: Traced, declaration: Site) -> list[_Place]:
-    places = [p for node in traced.graph.nodes for p in _existing(model, node, type(declaration))]
+def activation_sites(
+    model: nn.Module, traced: Traced, declaration: ActivationTerm, scale: float
+) -> tuple[list[Column], list[NoiseSite]]:
+    """Return the hyperparameters of a penalty on activations and the places they are taken at.
+
+    Raises:
+        DeclarationError: It matches nothing, or a module that does not return one tensor.
+    """
+    places = _places_after(model, traced, declaration)
+    names = {place.name: declaration.name for place in places}
+    if declaration.per_layer:
+        names = {place.name: f"{declaration.name}.{place.name}" for place in places}
+    columns = [
+        Column.of(declaration, name, declaration.default_init, scale)
+        for name in dict.fromkeys(names.values())
+    ]
+    kind = type(declaration).__name__
+    sites = [
+        NoiseSite(p.name, kind, p.place, p.node, p.last, names[p.name], p.granularity)
+        for p in places
+    ]
+    return columns, sites
+
+
+def _first_of_several(value: fx.Node) -> fx.Node:
+    """Return the node of the first part of a tuple, as recurrent modules return, or ``value``."""
+    parts = [user for user in value.users if user.target is operator.getitem]
+    firsts = [user for user in parts if user.args[1] == 0]
+    recurrent = value.op == "call_module" and len(parts) == len(value.users)
+    return firsts[0] if recurrent and firsts else value
+
+
+# Existing noise -----------------------------------------------------------------------------------
+
+
+def _existing_places(model: nn.Module, places: Sequence[_Place], declaration: Site) -> list[_Place]:
     modules = dict(model.named_modules(remove_duplicate=False))
     candidates = {place.name: modules.get(place.name) for place in places}
     if declaration.at is None and not candidates:
-        kinds = ", ".join(kind.__name__ for kind in EXISTING_MODULES[type(declaration)])
+        taken = EXISTING_MODULES.get(type(declaration), {}).keys()
+        kinds = ", ".join(_type_name(kind).rpartition(".")[2] for kind in taken)
         raise DeclarationError(
-            f"{declaration.name!r} takes over existing modules ({kinds}), but "
+            f"{declaration.name!r} takes over existing modules ({kinds or 'none'}), but "
             f'{type(model).__name__} calls none. Insert some with `after=PATTERN` or `at="input"`.'
         )
     patterns: Pattern = "**" if declaration.at is None else declaration.at
@@ -131,23 +284,46 @@ def _existing_places(model: nn.Module, traced: Traced, declaration: Site) -> lis
 
 def _existing(model: nn.Module, node: fx.Node, kind: type[Site]) -> Iterator[_Place]:
     """Yield the places at one node where the model has noise of this kind."""
-    if node.op == "call_function" and node.target in EXISTING_FUNCTIONS[kind]:
-        rate = node.args[1] if len(node.args) > 1 else node.kwargs.get("p")
-        granularity = EXISTING_FUNCTIONS[kind][node.target]
-        known = float(rate) if isinstance(rate, int | float) else None
+    functions = EXISTING_FUNCTIONS.get(kind, {})
+    if node.op == "call_function" and node.target in functions:
+        rates = [node.kwargs[name] for name in RATE_NAMES if name in node.kwargs]
+        if not rates and kind is not AttentionDropout:
+            rates = list(node.args[1:2])
+        known = float(rates[0]) if rates and isinstance(rates[0], int | float) else None
+        granularity = functions[node.target]
         yield _Place(_function_name(node), "replace", node.name, node.name, granularity, known)
     elif node.op == "call_module":
         name = str(node.target)
-        module = model.get_submodule(name)
-        if type(module) in EXISTING_MODULES[kind]:
-            granularity = EXISTING_MODULES[kind][type(module)]
-            rate = getattr(module, "p", None)
-            yield _Place(name, "replace", node.name, node.name, granularity, rate)
+        found = _noise_of(model.get_submodule(name), kind)
+        if found is not None:
+            place: NoisePlace = "after" if kind is EmbeddingDropout else "replace"
+            yield replace(found, name=name, place=place, node=node.name, last=node.name)
         for inner, child in swappable(model, node).items():
-            if type(child) in EXISTING_MODULES[kind]:
-                granularity, where = EXISTING_MODULES[kind][type(child)], f"{node.name}:{inner}"
-                rate = getattr(child, "p", None)
-                yield _Place(inner, "swap", where, where, granularity, rate, name)
+            found = _noise_of(child, kind)
+            if found is not None and kind is not EmbeddingDropout:
+                where = f"{node.name}:{inner}"
+                yield replace(found, name=inner, node=where, last=where, inside=name)
+
+
+def _noise_of(module: nn.Module, kind: type[Site]) -> _Place | None:
+    """Return a place that is still to be named if a module is noise of this kind."""
+    rows = EXISTING_MODULES.get(kind, {})
+    existing = rows.get(type(module), rows.get(_type_name(type(module))))
+    if existing is None:
+        return None
+    granularity = existing(module) if callable(existing) else existing
+    rates = [float(getattr(module, name)) for name in RATE_NAMES if hasattr(module, name)]
+    settings: dict[str, Any] = {}
+    if kind is DropBlock:
+        settings["block_size"] = module.block_size
+    if kind is EmbeddingDropout:
+        settings["words"] = module.num_embeddings
+    rate = rates[0] if rates else None
+    return _Place("", "swap", "", "", granularity, rate, settings=settings)
+
+
+def _type_name(kind: type[nn.Module] | str) -> str:
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _function_name(node: fx.Node) -> str:
@@ -158,7 +334,7 @@ def _function_name(node: fx.Node) -> str:
 
 def _chosen(
     patterns: Pattern,
-    declaration: Site,
+    declaration: Site | ActivationTerm,
     candidates: Mapping[str, nn.Module | None],
     purpose: str,
 ) -> list[str]:

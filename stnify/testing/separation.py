@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from stnify.linearize import linearized_forward, perturbed_forward
+from stnify.objective import Objective
 from stnify.perturb import Perturbation, training_perturbation, validation_perturbation
-from stnify.step import Objective, StepResult, response_step, validation_step
+from stnify.step import StepResult, response_step, validation_step
 from stnify.testing.differences import Step, distance, first_difference, identical, record
 from stnify.testing.subject import Criterion, Hparams, Model, Subject, mean_square, prepared
 from stnify.tunable import TunableModule

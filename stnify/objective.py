@@ -1,0 +1,191 @@
+"""5c. What is minimised: the criterion, with everything that is tuned in it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stnify.augment import MIXES, mixed_targets
+from stnify.errors import ShapeError
+from stnify.penalties import (
+    activation,
+    confidence,
+    jacobian,
+    smoothed,
+    temporal_activation,
+)
+from stnify.perturb import Perturbation
+from stnify.plan import DecaySite, LossSite
+from stnify.space import HyperparameterSpace
+from stnify.tunable import TunableModule
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise ShapeError(
+            f"batches must be (inputs, target) pairs, but got {type(batch).__name__}"
+            f"{f' of length {len(batch)}' if isinstance(batch, list | tuple) else ''}. "
+            f"Pass `forward_loss=fn(model, batch) -> scalar` for any other kind."
+        )
+    return batch[0], batch[1]
+
+
+Penalty = Callable[[nn.Module, Any, Tensor], Tensor]
+"""``(model, batch, value) -> scalar or (batch,)``."""
+
+
+def mixing_columns(space: HyperparameterSpace) -> list[str]:
+    """Return the hyperparameters that mix targets."""
+    return [column.name for column in space.columns if column.kind in MIXES]
+
+
+def _jacobian(model: nn.Module, batch: Any, value: Tensor) -> Tensor:
+    return value * jacobian(model, batch[0])
+
+
+TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"LabelSmoothing": smoothed}
+"""Kind of loss term to what it makes of ``(target, prediction, value)``."""
+
+PREDICTIONS: dict[str, Callable[[Tensor], Tensor]] = {"ConfidencePenalty": confidence}
+"""Kind of loss term to its penalty on predictions, ``(batch,)``."""
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "ActivationPenalty": activation,
+    "TemporalActivationPenalty": temporal_activation,
+}
+"""Kind of loss term to its penalty on activations that were kept, ``(batch,)``."""
+
+PASSES: dict[str, Penalty] = {"JacobianPenalty": _jacobian}
+"""Kind of loss term to a penalty that needs a pass of its own, as users' penalties do."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a batch becomes a loss.
+
+    Attributes:
+        criterion: ``(prediction, target) -> scalar`` for batches ``(inputs, target)``.
+        forward_loss: ``(model, batch) -> scalar`` for all others; comes first if both are given.
+        decays: Weight decays.
+        losses: Hyperparameters that act in the loss.
+        amp_dtype: Autocast to this dtype, if any.
+    """
+
+    criterion: Callable[..., Tensor] | None = None
+    forward_loss: Callable[[nn.Module, Any], Tensor] | None = None
+    decays: tuple[DecaySite, ...] = ()
+    losses: tuple[LossSite, ...] = ()
+    amp_dtype: torch.dtype | None = None
+
+    def validation(self, model: TunableModule, batch: Any) -> Tensor:
+        """Return the plain loss of ``batch``, ``()``.
+
+        Raises:
+            ShapeError: The loss is not one number, or the batch is not ``(inputs, target)``.
+        """
+        with self.autocast(model.hyperparameters.unconstrained.device):
+            if self.forward_loss is not None:
+                return _scalar(self.forward_loss(model, batch), "forward_loss")
+            inputs, target = _pair(batch)
+            assert self.criterion is not None
+            return _scalar(self.criterion(model(inputs), target), "criterion")
+
+    def training(self, model: TunableModule, batch: Any) -> Tensor:
+        """Return the loss of ``batch`` with all that is tuned in it but decay, ``()``.
+
+        Raises:
+            ShapeError: As in ``validation``.
+        """
+        if self.forward_loss is not None:
+            return self.validation(model, batch)
+        with self.autocast(model.hyperparameters.unconstrained.device):
+            inputs, target = _pair(batch)
+            loss = self.criterion_of(model, model(inputs), target)
+        return loss + self.penalty(model, batch)
+
+    def criterion_of(self, model: TunableModule, prediction: Any, target: Any) -> Tensor:
+        """Return the criterion at tuned targets, with the penalties on predictions and activations.
+
+        Values are those of the pass that made the prediction.
+
+        Raises:
+            ShapeError: The criterion does not return one number.
+        """
+        assert self.criterion is not None
+        space, mixing = model.hyperparameters, model.tunables.mixing
+        changing = [s.column for s in self.losses if s.kind in {*TARGETS, *PREDICTIONS}]
+        if (changing or mixing is not None) and not isinstance(prediction, Tensor):
+            raise ShapeError(
+                f"the model must return one tensor for {changing or 'mixed targets'}, but returned "
+                f"{type(prediction).__name__}. Use `forward_loss` and act on its parts there."
+            )
+        if mixing is not None:
+            classes = prediction.shape[1] if prediction.ndim > 1 else 1
+            target = mixed_targets(target, mixing.partner, mixing.share, classes)
+            space.read.update(mixing_columns(space))
+        for site in (site for site in self.losses if site.kind in TARGETS):
+            target = TARGETS[site.kind](target, prediction, space[site.column])
+        loss = _scalar(self.criterion(prediction, target), "criterion")
+        for site in (site for site in self.losses if site.kind in PREDICTIONS):
+            loss = loss + (space[site.column] * PREDICTIONS[site.kind](prediction)).mean()
+        records = model.take_records()
+        for site in (site for site in self.losses if site.kind in ACTIVATIONS):
+            penalty = ACTIVATIONS[site.kind](records[site.column], **site.settings)
+            loss = loss + (space[site.column] * penalty).mean()
+        return loss
+
+    def penalty(self, model: TunableModule, batch: Any) -> Tensor | float:
+        """Return the penalties that predict by themselves, averaged over the batch."""
+        space = model.hyperparameters
+        penalties = [
+            term(model, batch, space[column]).mean() for column, term in self.passes.items()
+        ]
+        if not penalties:
+            return 0.0
+        model.take_records()  # of the passes made for penalties
+        return torch.stack(penalties).sum()
+
+    @property
+    def passes(self) -> dict[str, Penalty]:
+        """Penalties that need a pass of their own, by the name of their coefficient."""
+        terms = {site.column: site.penalty or PASSES.get(site.kind) for site in self.losses}
+        return {column: term for column, term in terms.items() if term is not None}
+
+    def add_decay_gradients(
+        self, model: TunableModule, perturbation: Perturbation, share: float
+    ) -> None:
+        """Add ``share`` of the weight decays' gradient to that of the response parameters.
+
+        The penalty is the batch mean of ``c_i / 2 ||w_0 + Theta epsilon_i||^2``, each example with
+        its own coefficient and weights; w_0 is a constant. Source: [DeltaSTN] G.2, H.1. The L1
+        penalty is taken to first order: ``c_i <sign(w_0), Theta epsilon_i>``.
+        """
+        space, constrained = model.hyperparameters, perturbation.constrained
+        assert constrained is not None
+        parameters, responses = model.general_parameters(), model.weight_responses()
+        for site in self.decays:
+            coefficient = constrained[:, space.index(site.column)] * (share / len(constrained))
+            for name in (name for name in site.parameters if name in responses):
+                weight, inputs = parameters[name].detach(), perturbation.response_input
+                if site.kind == "L1Penalty":
+                    responses[name].add_slope_gradient(weight, weight.sign(), inputs, coefficient)
+                else:
+                    responses[name].add_decay_gradient(weight, inputs, coefficient)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return a context in which operations run in ``amp_dtype``, if there is one."""
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.amp_dtype)
+
+
+def _scalar(loss: Tensor, name: str) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ShapeError(
+            f"`{name}` must return one number, but got {got}. Use reduction='mean' or `.mean()`."
+        )
+    return loss.reshape(())
