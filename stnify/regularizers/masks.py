@@ -52,15 +52,32 @@ def drawn(probability: Tensor, shape: tuple[int, ...], inputs: Tensor) -> Tensor
     return torch.rand(shape, device=inputs.device) < probability
 
 
+def wide_type(inputs: Tensor) -> torch.dtype:
+    """Return the type of ``inputs``, or single precision if that is wider."""
+    return torch.promote_types(inputs.dtype, torch.float32)
+
+
+def keep_probability(inputs: Tensor, rate: Tensor) -> Tensor:
+    """Return ``1 - rate`` in at least single precision: in bfloat16 0.999 would be one."""
+    return 1 - rate.to(wide_type(inputs))
+
+
+def rescaled(inputs: Tensor, kept: Tensor, keep: Tensor) -> Tensor:
+    """Zero what is not ``kept`` and divide the rest by the probability ``keep`` of that.
+
+    One product, so that the primal and the tangent of a dual number meet the same mask.
+    """
+    return inputs * torch.where(kept, keep.reciprocal().to(inputs.dtype), 0)
+
+
 def dropped(inputs: Tensor, rate: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zero entries with probability ``rate`` and scale the others by ``1 / (1 - rate)``.
 
     Args:
-        inputs: Of any floating type, perhaps a dual number: one product scales primal and tangent.
+        inputs: Of any floating type, perhaps a dual number.
         rate: Probability, broadcast against ``inputs``. At zero ``inputs`` stay as they are, at
             one nothing is left.
         shape: Of the mask.
     """
-    keep = (1 - rate).to(torch.promote_types(inputs.dtype, rate.dtype))
-    scale = keep.reciprocal().to(inputs.dtype)
-    return inputs * torch.where(drawn(keep, shape, inputs), scale, 0)
+    keep = keep_probability(inputs, rate)
+    return rescaled(inputs, drawn(keep, shape, inputs), keep)
