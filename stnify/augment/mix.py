@@ -1,5 +1,9 @@
 """Mixup and CutMix: each image is mixed with that of another row, and so are the targets.
 
+An example keeps the larger of a share from Beta(strength, strength) and its complement, so that
+mixing fades out as the strength falls. For mixup that only decides which of two rows is called the
+partner; for CutMix the small strengths of the paper would paste rectangles as large as the image.
+
 Sizes below: ``n`` examples, images ``(n, c, h, w)``, strengths ``(n,)``.
 """
 
@@ -13,7 +17,7 @@ from stnify.augment.examples import beside, check_images, of_examples, rectangle
 from stnify.errors import ShapeError
 
 SMALLEST_STRENGTH = 1e-30
-"""Below, both a share's logarithm and its complement's leave the range of float32."""
+"""What is divided by a strength stays in the range of float32."""
 
 
 class Mixed(NamedTuple):
@@ -34,8 +38,7 @@ class Mixed(NamedTuple):
 def mixup(images: Tensor, strength: Tensor) -> Mixed:
     """Return ``share * image + (1 - share) * partner's image`` with a share for each example.
 
-    Shares come from Beta(strength, strength). As the strength falls, an example becomes itself or
-    its partner, unmixed; at exactly 0 it stays itself, to the last bit.
+    At a strength of exactly 0 the images are as they were, to the last bit.
 
     Raises:
         ShapeError: The images are not four-dimensional, or there is no strength for each.
@@ -52,9 +55,9 @@ def mixup(images: Tensor, strength: Tensor) -> Mixed:
 def cutmix(images: Tensor, strength: Tensor) -> Mixed:
     """Paste a rectangle of the partner's image; the share is that of the pixels that stay.
 
-    The rectangle has the image's proportions, an area of 1 - Beta(strength, strength) of it, and a
-    centre that is uniform over the pixels; what lies outside is cut off. At a strength of exactly 0
-    the images are as they were, to the last bit.
+    The rectangle has the image's proportions, an area of 1 - share of it as drawn, and a centre
+    that is uniform over the pixels; what lies outside is cut off. At a strength of exactly 0 the
+    images are as they were, to the last bit.
 
     Raises:
         ShapeError: The images are not four-dimensional, or there is no strength for each.
@@ -109,16 +112,16 @@ def _linear(values: Tensor, partner: Tensor, share: Tensor) -> Tensor:
 
 
 def _shares(strength: Tensor) -> Tensor:
-    """Draw from Beta(strength, strength), 1 where the strength is 0.
+    """Draw the larger of a share from Beta(strength, strength) and its complement; 1 at strength 0.
 
     Two uniform numbers make a draw, whatever the strength: a sampler that rejects would use up a
     number of them that depends on the strengths of the rows before.
 
-    Source: Devroye, "Random Variate Generation in One Line of Code", 1996, symmetric beta by
+    Source: Devroye, "Random Variate Generation in One Line of Code", 1996: the symmetric beta, by
     Bailey's polar method for Student's t with ``2 * strength`` degrees of freedom.
     """
     radius = -(-torch.rand_like(strength)).log1p() / strength.clamp(min=SMALLEST_STRENGTH)
     cosine = (2 * math.pi * torch.rand_like(strength)).cos()
-    squared = radius.expm1() * cosine.square()  # t² by its degrees of freedom
-    share = (1 + cosine.sign() / (1 + 1 / squared).sqrt()) / 2
+    squared = radius.expm1() * cosine.square()  # Student's t, squared, by its degrees of freedom
+    share = (1 + 1 / (1 + 1 / squared).sqrt()) / 2
     return torch.where(strength > 0, share, 1)

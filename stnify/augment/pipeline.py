@@ -50,7 +50,7 @@ AUGMENTATIONS = (
 )
 """What can be tuned, in the order it is applied."""
 
-SETTINGS = (*CUTOUT, "most", "fill", "area", "aspect", "operations", "count")
+SETTINGS = (*CUTOUT, "most_holes", "fill", "area", "aspect", "operations", "count")
 """What can be fixed: see `Augment`."""
 
 SLACK = 1e-3
@@ -72,10 +72,11 @@ class Augment(nn.Module):
 
     Args:
         columns: Name from ``AUGMENTATIONS`` to the column of the hyperparameter.
-        settings: What is not tuned: ``"CutoutHoles"`` or ``"CutoutLength"`` if only the other is a
-            hyperparameter; ``"most"``, the most holes an image may get; ``"fill"``, what cutout and
-            erasing write; ``"area"`` and ``"aspect"`` of `random_erasing`; ``"operations"`` and
-            ``"count"`` of `rand_augment`.
+        settings: What is not tuned: ``"CutoutHoles"`` (1 if it is missing) or ``"CutoutLength"`` if
+            only the other is a hyperparameter; ``"most_holes"`` an image may get, which tuned holes
+            need; ``"fill"``, what cutout and erasing write; ``"area"`` and ``"aspect"`` of
+            `random_erasing`; ``"operations"`` and ``"count"`` of `rand_augment`. None stands for
+            what it is without the setting.
         stats: Mean and standard deviation the inputs were normalised with; None if they are in
             [0, 1].
 
@@ -95,7 +96,7 @@ class Augment(nn.Module):
     ) -> None:
         super().__init__()
         self.columns = dict(columns)
-        self.settings = dict(settings or {})
+        self.settings = {k: v for k, v in (settings or {}).items() if v is not None}
         self.stats = stats
         _check_names(self.columns, AUGMENTATIONS, "augmentation")
         _check_names(self.settings, SETTINGS, "setting of augmentations")
@@ -223,11 +224,12 @@ class Augment(nn.Module):
     def _cutout(self, name: str, images: Tensor, strengths: dict[str, Tensor]) -> Tensor:
         if name in strengths:
             return strengths[name]
-        return torch.full((len(images),), float(self.settings[name]), device=images.device)
+        fixed = float(self.settings.get(name, 1))
+        return torch.full((len(images),), fixed, device=images.device)
 
     @property
     def _most_holes(self) -> int:
-        most = self.settings["most" if "most" in self.settings else "CutoutHoles"]
+        most = self.settings.get("most_holes", self.settings.get("CutoutHoles", 1))
         return math.ceil(most)
 
 
@@ -274,16 +276,14 @@ def _check_names(names: Mapping[str, Any], known: Sequence[str], kind: str) -> N
 
 
 def _check_cutout(columns: Mapping[str, int], settings: Mapping[str, Any]) -> None:
-    if not any(name in columns for name in CUTOUT):
-        return
-    for name in CUTOUT:
-        if name not in columns and name not in settings:
-            raise DeclarationError(
-                f"cutout must have holes and a length, but {name} is missing. Declare it, or fix "
-                f"it: `settings={{{name!r}: number}}`."
-            )
-    if "CutoutHoles" in columns and "most" not in settings:
+    holes, length = CUTOUT
+    if holes in columns and length not in columns and length not in settings:
         raise DeclarationError(
-            "tuned CutoutHoles must have an end, but `settings['most']` is missing. Set it to the "
-            "end of the hyperparameter's range."
+            f"tuned {holes} must have a {length}, but there is none. Declare it, or fix it: "
+            f"`settings={{{length!r}: pixels}}`."
+        )
+    if holes in columns and "most_holes" not in settings:
+        raise DeclarationError(
+            f"tuned {holes} must have an end, but `settings['most_holes']` is missing. Set it to "
+            "the end of the hyperparameter's range."
         )
