@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stnify import regularizers
 from stnify.errors import ShapeError
 from stnify.regularizers import (
     Noise,
@@ -123,6 +124,12 @@ def one_strength(value: float) -> Tensor:
 
 
 # Every kind ---------------------------------------------------------------------------------------
+
+
+def test_the_table_has_every_kind():
+    names = {name: getattr(regularizers, name) for name in regularizers.__all__}
+    kinds = {kind for kind in names.values() if issubclass(kind, Noise)} - {Noise}
+    assert {type(kind.build(0)) for kind in KINDS.values()} == kinds
 
 
 @every_kind
@@ -357,6 +364,12 @@ LIBRARIES = {
     "F.dropout": (TunedDropout(1, "element"), IMAGES, (), F.dropout),
     "F.dropout1d": (TunedDropout(1, "channel", 1), SERIES, (2,), F.dropout1d),
     "F.dropout2d": (TunedDropout(1, "channel", 2), IMAGES, (2, 3), F.dropout2d),
+    "torch.feature_dropout": (
+        TunedDropout(1, "channel"),
+        SERIES,
+        (2,),
+        lambda inputs, p: torch.feature_dropout(inputs, p, True),
+    ),
     "timm DropPath": (
         TunedDropout(1, "row"),
         IMAGES,

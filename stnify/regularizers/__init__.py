@@ -12,7 +12,6 @@ from stnify.regularizers.gaussian import TunedGaussianNoise, TunedScalingNoise
 __all__ = [
     "FixedDropout",
     "FixedScaledDotProductAttention",
-    "Granularity",
     "Noise",
     "TunedAlphaDropout",
     "TunedAttentionDropout",
