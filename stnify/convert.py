@@ -160,7 +160,7 @@ def stnify(
         responds=chosen.response is not None or not chosen.centred,
         decays=_decays(model, optimizer),
     )
-    _refuse_terms(plan, forward_loss)
+    _refuse_terms(plan, forward_loss, chosen)
     device, dtype = _place(model)
     seed = torch.initial_seed() if seed is None else seed
     space = HyperparameterSpace(plan.columns, dtype, device)
@@ -216,8 +216,14 @@ def _method(name: str, schedule: History | None, jitter: Jitter | None) -> Metho
     return METHODS[name]
 
 
-def _refuse_terms(plan: Plan, forward_loss: object) -> None:
-    """Raise DeclarationError if something acts in ``stn.criterion`` and there will be none."""
+def _refuse_terms(plan: Plan, forward_loss: object, method: Method) -> None:
+    """Raise DeclarationError if something is declared that these arguments leave without effect."""
+    absolute = [site.column for site in plan.decays if site.kind == "L1Penalty"]
+    if absolute and not method.centred:
+        raise DeclarationError(
+            f"{absolute[0]!r} is taken to first order in the response, which must be centred, but "
+            f'`method="stn"` has none that is. Use method="delta" or method="centered".'
+        )
     terms = [s.column for s in plan.losses if s.penalty is not None or s.kind != "Hyperparameter"]
     terms += [site.column for site in plan.augmentations if site.kind in MIXES]
     if forward_loss is not None and terms:
@@ -371,7 +377,8 @@ def _given(model: nn.Module, example_inputs: Any) -> set[str]:
 def _replace_decay(optimizer: Optimizer, model: TunableModule, plan: Plan) -> None:
     """Switch the optimizer's own decay off in groups that hold weights with a tuned one."""
     parameters = model.general_parameters()
-    tuned = {id(parameters[name]) for site in plan.decays for name in site.parameters}
+    sites = [site for site in plan.decays if site.kind == "WeightDecay"]
+    tuned = {id(parameters[name]) for site in sites for name in site.parameters}
     for group in optimizer.param_groups:
         if any(id(parameter) in tuned for parameter in group["params"]):
             group["weight_decay"] = 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stnify.errors import UsageError
@@ -214,7 +214,16 @@ class Tuner:
         if self._uncentred is not None:
             return self._uncentred.decay_gradients(self.model, sites)
         values = self.model.hyperparameters.values()
-        return {parameters[n]: values[s.column] for s in sites for n in s.parameters}
+        coefficients = {
+            kind: {n: values[s.column] for s in sites if s.kind == kind for n in s.parameters}
+            for kind in ("WeightDecay", "L1Penalty")
+        }
+        squared, absolute = coefficients["WeightDecay"], coefficients["L1Penalty"]
+        found: dict[nn.Parameter, float | Tensor] = {parameters[n]: c for n, c in squared.items()}
+        for name, coefficient in absolute.items():
+            weight = parameters[name].detach()
+            found[parameters[name]] = coefficient * weight.sign() + squared.get(name, 0.0) * weight
+        return found
 
     def after_general_step(self, optimizer: Optimizer) -> None:
         """Take the response step, and validation steps if they are due.

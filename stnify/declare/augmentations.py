@@ -131,7 +131,7 @@ class CutoutHoles(_Strength):
 
     def settings(self) -> Mapping[str, Any]:
         """Return the largest number of holes, and their side if it is not tuned."""
-        return {"most": round(self.range[1]), "CutoutLength": self.length}
+        return {"most_holes": round(self.range[1]), "CutoutLength": self.length}
 
 
 @final
