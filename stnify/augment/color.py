@@ -52,7 +52,7 @@ def hue(images: Tensor, strength: Tensor) -> Tensor:
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Return ``images * factor``, clamped to [0, 1]."""
-    return (images * beside(factor, images).to(images.dtype)).clamp(0, 1)
+    return (images * beside(factor, images).to(images.dtype)).clamp_(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
@@ -86,12 +86,14 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
         return images
     precise = images.to(torch.promote_types(images.dtype, torch.float32))
     highest, lowest = precise.amax(1, keepdim=True), precise.amin(1, keepdim=True)
-    angle = _sixths(precise, highest, highest - lowest) + 6 * beside(shift, images)
-    # Each channel is the highest value less a trapezoid of the hue, as high as the chroma.
-    phase = torch.tensor([5, 3, 1], device=images.device)[:, None, None]
-    position = (angle + phase) % 6
-    fall = torch.minimum(position, 4 - position).clamp(0, 1)
-    turned = (highest - (highest - lowest) * fall).clamp(0, 1).to(images.dtype)
+    chroma = highest - lowest
+    angle = _sixths(precise, highest, chroma) + 6 * beside(shift, images).to(precise.dtype)
+    # Each channel is the highest value less a trapezoid, as high as the chroma, around the hue
+    # opposite to it: in sixths of the circle 3 is opposite to red, 5 to green, 7 to blue.
+    distance = angle - torch.arange(3, 8, 2, device=images.device)[:, None, None]
+    distance = distance - (distance / 6).round_().mul_(6)
+    fall = distance.abs_().neg_().add_(2).clamp_(0, 1)
+    turned = (highest - chroma * fall).clamp_(0, 1).to(images.dtype)
     return torch.where(beside(shift, images) == 0, images, turned)
 
 
@@ -114,13 +116,12 @@ def _factor(images: Tensor, strength: Tensor, operation: str) -> Tensor:
 def _gray(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images
-    return sum(weight * images[:, i : i + 1] for i, weight in enumerate(GRAY))  # type: ignore[return-value]
+    red, green, blue = (weight * images[:, i : i + 1] for i, weight in enumerate(GRAY))
+    return red + green + blue
 
 
 def _blend(images: Tensor, others: Tensor, factor: Tensor) -> Tensor:
-    factor = beside(factor, images)
-    own, other = factor.to(images.dtype), (1 - factor).to(images.dtype)
-    return (images * own + others * other).clamp(0, 1)
+    return torch.lerp(others, images, beside(factor, images).to(images.dtype)).clamp_(0, 1)
 
 
 def _check_channels(images: Tensor, operation: str) -> None:
