@@ -21,7 +21,7 @@ from stnify.errors import UnsupportedModuleError
 from stnify.forward_mode import ForwardModeRules
 from stnify.nested import map_tensors
 from stnify.perturb import Perturbation
-from stnify.regularizers.connect import weight_factors
+from stnify.regularizers import weight_factors
 from stnify.tunable import PREFIX, Tunables
 from stnify.untouched import attributes_restored
 

@@ -18,7 +18,8 @@ from stnify.trace import Traced
 ResponseKind = Literal["full", "gate"]
 
 Granularity = tuple[Literal["element", "channel", "row", "batch", "time"], int]
-"""What one draw of noise serves, and the dimensions a channel spans or the one of the steps."""
+"""What one draw of noise serves, and the dimensions a channel spans (0 for all after the second) or
+the one of the steps."""
 
 NoisePlace = Literal["replace", "after", "operand", "swap"]
 """How noise gets into the graph; see ``NoiseSite``."""

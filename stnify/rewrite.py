@@ -29,12 +29,12 @@ from stnify.regularizers import (
     TunedAlphaDropout,
     TunedAttentionDropout,
     TunedDropBlock,
+    TunedDropConnect,
     TunedDropout,
     TunedEmbeddingDropout,
     TunedGaussianNoise,
     TunedScalingNoise,
 )
-from stnify.regularizers.connect import TunedDropConnect
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
 from stnify.swap import SwappedFunction, SwappedModule, WeightUse

@@ -17,7 +17,7 @@ from stnify.augment import Augment
 from stnify.errors import ShapeError, UsageError
 from stnify.layers import BiasResponse, HyperLayer, WeightResponse
 from stnify.penalties import Recorder
-from stnify.regularizers.connect import weight_factors, weights_scaled
+from stnify.regularizers import weight_factors, weights_scaled
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
 

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import stnify
+from stnify import Declaration
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
@@ -125,6 +128,19 @@ def test_its_map_lists_every_file_once():
     files = {str(p.relative_to(ROOT / "stnify")) for p in (ROOT / "stnify").rglob("*.py")}
     assert set(listed) == files
     assert len(listed) == len(files)
+
+
+def test_its_catalogue_lists_every_kind():
+    section = README.split("## What it tunes")[1].split("\n## ")[0]
+    first_cells = re.findall(r"^\| (`.+?`) \|", section, re.MULTILINE)
+    listed = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+    kinds = {name for name, kind in vars(stnify).items() if is_kind(kind)}
+    assert listed == kinds
+    assert "Dropout" in kinds
+
+
+def is_kind(value):
+    return isinstance(value, type) and issubclass(value, Declaration) and value is not Declaration
 
 
 def test_links_and_citation_keys_lead_somewhere():

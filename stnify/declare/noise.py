@@ -136,7 +136,8 @@ class DropPath(_Rate):
 class DropBlock(_Rate):
     """Tune the share of a feature map that is set to zero in squares.
 
-    Without ``at`` or ``after`` it takes over timm's ``DropBlock2d`` and torchvision's.
+    Without ``at`` or ``after`` it takes over timm's ``DropBlock2d`` and torchvision's. Each channel
+    has squares of its own, as in torchvision; timm shares them unless told otherwise.
     Source: Ghiasi et al., NeurIPS 2018.
 
     Attributes:

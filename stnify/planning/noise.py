@@ -29,6 +29,8 @@ from stnify.trace import Traced, caller, swappable
 
 ELEMENTS: Granularity = ("element", 0)
 CHANNELS: dict[int, Granularity] = {1: ("channel", 1), 2: ("channel", 2), 3: ("channel", 3)}
+FEATURES: Granularity = ("channel", 0)
+"""Channels are the second dimension, whatever follows, as PyTorch's feature dropout has it."""
 ROWS: Granularity = ("row", 0)
 BATCH: Granularity = ("batch", 0)
 
@@ -44,10 +46,10 @@ EXISTING_MODULES: dict[type[Site], dict[type[nn.Module] | str, Existing]] = {
     Dropout: {
         nn.Dropout: ELEMENTS,
         nn.Dropout1d: CHANNELS[1],
-        nn.Dropout2d: CHANNELS[2],
+        nn.Dropout2d: FEATURES,
         nn.Dropout3d: CHANNELS[3],
     },
-    AlphaDropout: {nn.AlphaDropout: ELEMENTS, nn.FeatureAlphaDropout: CHANNELS[1]},
+    AlphaDropout: {nn.AlphaDropout: ELEMENTS, nn.FeatureAlphaDropout: FEATURES},
     EmbeddingDropout: {nn.Embedding: ELEMENTS},
     DropPath: {
         "timm.layers.drop.DropPath": ROWS,
@@ -64,10 +66,10 @@ EXISTING_FUNCTIONS: dict[type[Site], dict[Callable[..., Any], Granularity]] = {
     Dropout: {
         F.dropout: ELEMENTS,
         F.dropout1d: CHANNELS[1],
-        F.dropout2d: CHANNELS[2],
+        F.dropout2d: FEATURES,
         F.dropout3d: CHANNELS[3],
     },
-    AlphaDropout: {F.alpha_dropout: ELEMENTS, F.feature_alpha_dropout: CHANNELS[1]},
+    AlphaDropout: {F.alpha_dropout: ELEMENTS, F.feature_alpha_dropout: FEATURES},
     AttentionDropout: {F.scaled_dot_product_attention: ELEMENTS},
 }
 """Functions a kind of site takes over."""
