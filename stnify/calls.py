@@ -83,7 +83,7 @@ class WeightCalls(TorchFunctionMode):
         alone = any(self.responds_alone(value) for value in _flat((args, kwargs)))
         if alone and not _describes(func):
             if func in MEETINGS:
-                return MEETINGS[func](self.meet, func, args, kwargs)
+                return MEETINGS[func](self, func, args, kwargs)
             args, kwargs = tree_map_only(Tensor, self.mean, (args, kwargs))
         rule = WEIGHT_CALLS.get(func)
         if rule is None or not any(self.knows(value) for value in _flat((args, kwargs))):

@@ -98,7 +98,8 @@ def _probe_layouts(
     if full == 0:
         return {}
     try:
-        return _probe(model, _first_examples(inputs, full), PROBES)
+        words = _probe(model, _first_examples(inputs, full, PROBES), PROBES)
+        return words | _constant(model, _first_examples(inputs, full, PROBES - 1), words)
     except Exception:  # inputs that index into others, such as edges of a graph, cannot be cut
         with suppress(Exception):
             return _probe(model, inputs, full)
@@ -111,15 +112,9 @@ def _probe(
     model: TunableModule, base: tuple[tuple[Any, ...], dict[str, Any]], batch: int
 ) -> dict[str, str]:
     sites, rows = _sites(model), list[Rows]()
-    nowhere = None
-    if model.tunables.swapped or model.tunables.functions:
-        # Perturbed by nought, because only perturbed passes watch the calls of other code.
-        nowhere = torch.zeros_like(model.hyperparameters.unconstrained).expand(batch, -1)
     changed = [index for index in CHANGED if index < batch] or [0]
     for args, kwargs in (base, *(_with_one_changed(base, batch, index) for index in changed)):
-        with _recorded(sites) as seen:
-            model._graph(*args, **kwargs, response_input=nowhere)
-        rows.append(seen)
+        rows.append(_seen(model, sites, args, kwargs, batch))
     words = {}
     for name, site in sites.items():
         calls = [
@@ -129,6 +124,42 @@ def _probe(
         ]
         site.layout, words[name] = _agreed(calls)
     return words
+
+
+def _seen(
+    model: TunableModule,
+    sites: Mapping[str, nn.Module],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    batch: int,
+) -> Rows:
+    """Run the graph and return what every site receives, call by call."""
+    nowhere = None
+    if model.tunables.swapped or model.tunables.functions:
+        # Perturbed by nought, because only perturbed passes watch the calls of other code.
+        nowhere = torch.zeros_like(model.hyperparameters.unconstrained).expand(batch, -1)
+    with _recorded(sites) as seen:
+        model._graph(*args, **kwargs, response_input=nowhere)
+    return seen
+
+
+def _constant(
+    model: TunableModule, inputs: tuple[tuple[Any, ...], dict[str, Any]], words: Mapping[str, str]
+) -> dict[str, str]:
+    """Find sites without rows that happen to receive as many as there were examples.
+
+    Such a site sees no difference between examples, and receives as many rows for fewer of them.
+    """
+    doubtful = {name: site for name, site in _sites(model).items() if words[name] == SILENT[0]}
+    found: dict[str, str] = {}
+    if not doubtful:
+        return found
+    with suppress(Exception):  # a model may need its number of examples; then nothing is known
+        seen = _seen(model, doubtful, *inputs, PROBES - 1)
+        for name, site in doubtful.items():
+            if all(received.shape[0] == PROBES for received in seen[name]):
+                site.layout, found[name] = RowLayout.SHARED, SILENT[1]
+    return found
 
 
 def _row_dims(site: Any) -> tuple[int, ...]:
@@ -146,9 +177,9 @@ def _agreed(calls: list[tuple[RowLayout, str]]) -> tuple[RowLayout, str]:
     return layout, word if len({word for _, word in telling}) == 1 else str(layout)
 
 
-def _first_examples(inputs: Any, full: int) -> Any:
-    """Return inputs of ``PROBES`` examples, repeating the batch if it has fewer."""
-    chosen = torch.arange(PROBES) % full
+def _first_examples(inputs: Any, full: int, count: int) -> Any:
+    """Return inputs of ``count`` examples, repeating the batch if it has fewer."""
+    chosen = torch.arange(count) % full
 
     def pick(tensor: Tensor) -> Tensor:
         batched = tensor.ndim > 0 and tensor.shape[0] == full

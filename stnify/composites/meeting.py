@@ -1,57 +1,85 @@
-"""Where a parameter meets activations element by element, in terms of ``meet``.
-
-``meet(parameter, activations, first)`` takes the place of the parameter: it has as many dimensions
-as the activations, the parameter's own from dimension ``first`` on, and may have rows.
-"""
+"""Where a parameter meets activations element by element, in terms of ``meet``."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Meet = Callable[[Tensor, Tensor, int], Tensor]
-Meeting = Callable[[Meet, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+class Parameters(Protocol):
+    """Knows the parameters that respond."""
+
+    def responds_alone(self, value: object) -> bool:
+        """Whether a value is one of them."""
+        ...
+
+    def meet(self, parameter: Tensor, activations: Tensor, first: int) -> Tensor:
+        """Return what takes the place of a parameter.
+
+        It has as many dimensions as the activations, the parameter's own from ``first`` on, and
+        may have rows.
+        """
+        ...
+
+
+Meeting = Callable[[Parameters, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 def _norm(
+    names: Sequence[str],
     channel: int | None,
-    meet: Meet,
+    known: Parameters,
     function: Callable[..., Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Normalise, then scale and shift; parameters begin at ``channel``, None if they are last."""
-    arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     scale, shift = arguments.pop("weight", None), arguments.pop("bias", None)
     normal = outputs = function(**arguments)
     for parameter, apply in ((scale, torch.mul), (shift, torch.add)):
         if parameter is not None:
             first = normal.ndim - parameter.ndim if channel is None else channel
-            outputs = apply(outputs, meet(parameter, normal, first))
+            outputs = apply(outputs, known.meet(parameter, arguments["input"], first))
     return outputs.to(normal.dtype)
 
 
 def _elementwise(
-    meet: Meet, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    known: Parameters, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Let each operand meet the largest one."""
+    """Let each operand meet the largest one, in the shape that all have together."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    largest = max(tensors, key=lambda tensor: (tensor.ndim, tensor.numel()))
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    activations = [tensor for tensor in tensors if not known.responds_alone(tensor)] or tensors
+    largest = max(activations, key=Tensor.numel)
+    if largest.shape != shape:
+        largest = largest.expand(shape)
 
     def met(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return meet(value, largest, largest.ndim - value.ndim)
+        return known.meet(value, largest, largest.ndim - value.ndim)
 
     return function(*map(met, args), **{name: met(value) for name, value in kwargs.items()})
 
 
+def _sum_with_product(
+    known: Parameters, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Write ``addcmul`` out: in forward mode it crashes while its operations are counted."""
+    return _elementwise(known, _add_product, args, kwargs)
+
+
+def _add_product(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + value * tensor1 * tensor2
+
+
 def _repetition(
-    meet: Meet, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    known: Parameters, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Repeat a parameter, such as a class token, for every example."""
     parameter, outputs = args[0], function(*args, **kwargs)
@@ -59,20 +87,28 @@ def _repetition(
     repeated = zip(outputs.shape[first:], parameter.shape, strict=True)
     if any(size not in {1, after} for after, size in repeated):
         return outputs  # several copies along a dimension of its own
-    return meet(parameter, outputs, first).expand(outputs.shape)
+    return known.meet(parameter, outputs, first).expand(outputs.shape)
 
 
+_NORMS: dict[Callable[..., Any], int | None] = {
+    F.batch_norm: 1,
+    F.instance_norm: 1,
+    F.group_norm: 1,
+    F.layer_norm: None,
+    F.rms_norm: None,
+}
 _OPERATIONS = ("add", "sub", "mul", "div", "subtract", "multiply", "divide", "true_divide")
 MEETINGS: dict[Callable[..., Any], Meeting] = {
-    F.batch_norm: partial(_norm, 1),
-    F.instance_norm: partial(_norm, 1),
-    F.group_norm: partial(_norm, 1),
-    F.layer_norm: partial(_norm, None),
-    F.rms_norm: partial(_norm, None),
-    **{getattr(torch, name): _elementwise for name in (*_OPERATIONS, "addcmul", "where")},
-    **{getattr(Tensor, name): _elementwise for name in (*_OPERATIONS, "addcmul", "where")},
+    **{
+        norm: partial(_norm, tuple(inspect.signature(norm).parameters), channel)
+        for norm, channel in _NORMS.items()
+    },
+    **{getattr(torch, name): _elementwise for name in (*_OPERATIONS, "where")},
+    **{getattr(Tensor, name): _elementwise for name in (*_OPERATIONS, "where")},
     **{getattr(Tensor, f"{name}_"): _elementwise for name in _OPERATIONS},
     Tensor.__rsub__: _elementwise,
+    torch.addcmul: _sum_with_product,
+    Tensor.addcmul: _sum_with_product,
     Tensor.expand: _repetition,
     Tensor.expand_as: _repetition,
     Tensor.repeat: _repetition,

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from stnify.composites import TENSOR_ATTRIBUTES
 from stnify.plan import WeightSite
 from stnify.planning.computed import parameters_behind
+from stnify.planning.modules import reason_against
 from stnify.trace import Traced
 
 
@@ -33,7 +34,10 @@ def parameter_sites(
 def _free_parameters(
     model: nn.Module, traced: Traced, known: Sequence[WeightSite]
 ) -> dict[int, str]:
-    """Return the names of trainable parameters without any part in ``known``, by identity."""
+    """Return the names of trainable parameters without any part in ``known``, by identity.
+
+    Those of layers that are refused, such as sparse embeddings, stay as they are as well.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     taken = {name for site in known for name in (site.weight, site.bias) if name is not None}
     computing = {site.computed_by for site in known}
@@ -48,6 +52,7 @@ def _free_parameters(
         and parameter.is_floating_point()
         and id(parameter) not in held
         and "parametrizations" not in name.split(".")
+        and not reason_against(model.get_submodule(name.rpartition(".")[0]))
     }
 
 

@@ -45,10 +45,9 @@ def weight_sites(
             sites.append(found)
         else:
             refusals[found.name] = found
+    alone = list(parameter_sites(model, traced, sites)) if affine else []
     sites = _agreeing(sites, refusals)
-    if affine:
-        found_alone = parameter_sites(model, traced, sites)
-        sites += [s for s in found_alone if not any(_within(s.name, name) for name in excluded)]
+    sites += [s for s in alone if not any(_within(s.name, name) for name in excluded)]
     for name, reason in traced.opaque.items():
         if not any(site.inside == name for site in sites):
             refusals[name] = Refusal(name, reason)
