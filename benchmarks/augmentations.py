@@ -41,6 +41,9 @@ STRENGTHS = {
 HOLE = 4
 """Cutout's square is as wide as the image divided by this."""
 
+IDLE = 0.3
+"""A load average above this before anything is measured is that of other work."""
+
 WARM_UP = 2
 """Rounds before those that count: allocator, compilation."""
 
@@ -140,6 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rounds": options.rounds,
         "processors": os.cpu_count(),
         "load_at_start": [round(load, 2) for load in os.getloadavg()],
+        "other_work_was_running": os.getloadavg()[0] > IDLE,
         "operations": [*STRENGTHS, "Cutout"],
     }
     report["results"] = []

@@ -376,6 +376,20 @@ def test_random_erasing_erases_rectangles_of_the_right_area():
     assert ratio.log().mean().abs() < 0.05
 
 
+def test_random_erasing_reaches_every_place():
+    torch.manual_seed(0)
+    square = (16 / 120, 16 / 120)
+    images = torch.ones(COUNT, 1, 10, 12)
+    erased = random_erasing(images, torch.ones(COUNT), area=square, aspect=(1.0, 1.0))[:, 0] == 0
+    top, left = erased.any(2).int().argmax(1), erased.any(1).int().argmax(1)
+    assert erased.sum(dim=(1, 2)).unique().tolist() == [16]
+    for first, places in ((top, 7), (left, 9)):
+        count = first.bincount()
+        assert len(count) == places
+        deviation = (COUNT / places * (1 - 1 / places)) ** 0.5
+        assert ((count - COUNT / places).abs() < 5 * deviation).all()
+
+
 def test_random_erasing_leaves_a_pixel_along_each_side():
     torch.manual_seed(0)
     images = torch.ones(500, 1, 4, 30)
@@ -431,6 +445,12 @@ def test_a_tiny_strength_mixes_next_to_nothing(mix, strength):
     assert (mixed.share > 1 - 1e-2).float().mean() > 0.97
     assert torch.isclose(mixed.images, images, atol=1e-2).float().mean() > 0.97
     assert mix(images, torch.ones(200)).share.min() < 0.9
+
+
+def test_the_rarest_draw_is_a_share_too(monkeypatch):
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
+    shares = mixup(draw(3, 1, 5, 5), torch.tensor([0.0, 1e-6, 1.0])).share
+    assert shares.tolist() == [1, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("mix", [mixup, cutmix])
