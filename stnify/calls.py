@@ -4,6 +4,7 @@ Whatever the code looks like, a weight meets activations in one of a few operato
 watches these; a call that receives a known weight, the very tensor, goes to its hyper layer.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from stnify.layers import (
 )
 from stnify.products import MULTIPLICATIONS, bilinear, multiplication, product
 
+Drop = Callable[[Tensor], Tensor]
+
 
 class KnownWeight(NamedTuple):
     """A weight that responds.
@@ -54,17 +57,23 @@ class WeightCalls(TorchFunctionMode):
 
     Args:
         known: Weights that respond.
-        response_input: ``(batch, h)`` unconstrained.
+        response_input: ``(batch, h)`` unconstrained; None if none of them is to.
         linearized: Whether activations are dual numbers.
+        drops: What drops attention weights, by the weight of the attention's output projection.
 
     Attributes:
         order: Which example comes where in the packed sequence at hand.
     """
 
     def __init__(
-        self, known: Sequence[KnownWeight], response_input: Tensor, linearized: bool
+        self,
+        known: Sequence[KnownWeight],
+        response_input: Tensor | None,
+        linearized: bool,
+        drops: Sequence[tuple[Tensor, Drop]] = (),
     ) -> None:
         super().__init__()
+        self.drops = drops
         self.known = known
         self.parameters = [k.weight for k in known if isinstance(k.layer, HyperParameter)]
         self.response_input = response_input
@@ -92,7 +101,11 @@ class WeightCalls(TorchFunctionMode):
 
     def knows(self, value: object) -> bool:
         """Whether a value is one of the weights."""
-        return any(known.weight is value for known in self.known)
+        return any(known.weight is value for known in self.known) or self.drop(value) is not None
+
+    def drop(self, weight: object) -> Drop | None:
+        """Return what drops the weights of the attention that projects its output by ``weight``."""
+        return next((drop for known, drop in self.drops if known is weight), None)
 
     def responds_alone(self, value: object) -> bool:
         """Whether a value is a parameter that responds wherever it is used."""
@@ -215,7 +228,9 @@ def _embedding_bag(
 def _attention(
     calls: WeightCalls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    return multi_head_attention(calls.linear, *args, **kwargs)
+    arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+    drop = calls.drop(arguments["out_proj_weight"])
+    return multi_head_attention(calls.linear, **arguments, drop=drop)
 
 
 def _network(

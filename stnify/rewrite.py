@@ -57,6 +57,12 @@ def _embedding_dropout(column: int, site: NoiseSite) -> nn.Module:
     return TunedEmbeddingDropout(column, site.settings["words"], site.name, site.factor)
 
 
+def _attention_dropout(column: int, site: NoiseSite) -> nn.Module:
+    if site.inside is not None:  # acts on the weights of an nn.MultiheadAttention
+        return TunedDropout(column, *site.granularity, place=site.name, factor=site.factor)
+    return TunedAttentionDropout(column, site.name, site.factor)
+
+
 def _plain(kind: Callable[..., nn.Module]) -> Callable[[int, NoiseSite], nn.Module]:
     return lambda column, site: kind(column, place=site.name, factor=site.factor)
 
@@ -68,7 +74,7 @@ def _recorder(column: int, site: NoiseSite) -> nn.Module:
 NOISES: dict[str, Callable[[int, NoiseSite], nn.Module]] = {
     "Dropout": _dropout,
     "AlphaDropout": _alpha_dropout,
-    "AttentionDropout": _plain(TunedAttentionDropout),
+    "AttentionDropout": _attention_dropout,
     "EmbeddingDropout": _embedding_dropout,
     "LockedDropout": _dropout,
     "DropPath": _dropout,
@@ -461,5 +467,8 @@ class _Swaps:
             for weight, bias, layer in self.uses.get(owner, {}).values()
         ]
         prefix = f"{owner}." if owner else ""
-        noises = {n.removeprefix(prefix): m for n, m in self.noises.get(owner, {}).items()}
+        noises = {
+            "" if name == owner else name.removeprefix(prefix): noise
+            for name, noise in self.noises.get(owner, {}).items()
+        }
         return SwappedModule(module, uses, noises)

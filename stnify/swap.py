@@ -7,8 +7,9 @@ and attribute with the originals, in which a stand-in takes the place of what it
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +17,7 @@ import torch.utils.checkpoint as checkpoint_functions
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from stnify.calls import KnownWeight, WeightCalls
+from stnify.calls import Drop, KnownWeight, WeightCalls
 from stnify.layers import HyperLayer
 from stnify.untouched import attributes_restored
 
@@ -55,6 +56,7 @@ class _Run:
     shadow: nn.Module
     pairs: list[tuple[nn.Module, nn.Module]]
     uses: tuple[WeightUse, ...]
+    attentions: tuple[tuple[nn.MultiheadAttention, nn.Module], ...]
 
 
 class NoiseStandIn(nn.Module):
@@ -103,13 +105,19 @@ class SwappedModule(nn.Module):
         super().__init__()
         ambient = Ambient()
         stand_ins: dict[nn.Module, nn.Module] = {}
+        attentions: list[tuple[nn.MultiheadAttention, nn.Module]] = []
         for name, module in noises.items():
             replaced = original.get_submodule(name)
-            stand_ins[replaced] = NoiseStandIn(replaced, module, ambient)
+            if isinstance(replaced, nn.MultiheadAttention):
+                attentions.append((replaced, module))
+            else:
+                stand_ins[replaced] = NoiseStandIn(replaced, module, ambient)
         pairs: list[tuple[nn.Module, nn.Module]] = []
         shadow = _shadow(original, stand_ins, pairs)
         # Kept out of the registries: the user's own tree holds the parameters already.
-        self.__dict__["_run"] = _Run(ambient, original, shadow, pairs, tuple(uses))
+        self.__dict__["_run"] = _Run(
+            ambient, original, shadow, pairs, tuple(uses), tuple(attentions)
+        )
 
     def forward(
         self,
@@ -127,7 +135,8 @@ class SwappedModule(nn.Module):
         try:
             if response_input is not None:
                 return _perturbed(run, args, kwargs, response_input, linearized)
-            output = run.shadow(*args, **kwargs)
+            with _attending(run):
+                output = run.shadow(*args, **kwargs)
             for shadow, original in run.pairs:
                 _copy_attributes(shadow, original)
             return output
@@ -173,6 +182,23 @@ class SwappedFunction(nn.Module):
             return self.function(*args, **kwargs)
 
 
+def _drops(run: _Run) -> list[tuple[Tensor, Drop]]:
+    """Return what drops attention weights, at the hyperparameters of the pass, if it does."""
+    constrained = run.ambient.constrained
+    if constrained is None:
+        return []
+    return [
+        (attention.out_proj.weight, partial(noise, constrained=constrained))
+        for attention, noise in run.attentions
+    ]
+
+
+def _attending(run: _Run) -> AbstractContextManager[Any]:
+    """Return a context in which tuned noise acts on attention weights, if there is any."""
+    drops = _drops(run)
+    return WeightCalls([], None, False, drops) if drops else nullcontext()
+
+
 def _known(run: _Run) -> list[KnownWeight]:
     """Return the tensors the weights are at the moment; perturbed passes replace parameters."""
     return [
@@ -198,7 +224,7 @@ def _perturbed(
     linearized: bool,
 ) -> Any:
     """Run the module's code in a perturbed pass, which leaves no trace in its attributes."""
-    calls = WeightCalls(_known(run), response_input, linearized)
+    calls = WeightCalls(_known(run), response_input, linearized, _drops(run))
     if torch.compiler.is_compiling():
         with calls:
             return run.shadow(*args, **kwargs)

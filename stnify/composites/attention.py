@@ -1,12 +1,14 @@
 """Multi-head attention."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Drop = Callable[[Tensor], Tensor]
 
 
 def multi_head_attention(
@@ -36,8 +38,12 @@ def multi_head_attention(
     static_v: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
+    drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return what ``F.multi_head_attention_forward`` returns for the same arguments.
+
+    ``drop``, if it is given, takes the place of the dropout of attention weights, which it receives
+    as ``(batch, heads, length, keys)``.
 
     Shapes: query ``(length, batch, width)`` or ``(length, width)``; key and value likewise.
     """
@@ -59,13 +65,19 @@ def multi_head_attention(
     if mask is not None:
         mask = F.pad(mask, (0, heads[1].shape[2] - mask.shape[-1]))
     dropout = dropout_p if training else 0.0
-    attended, attention = _attend(heads, mask, dropout, need_weights)
+    attention = None
+    if drop is None and not need_weights:
+        query, key, value = heads
+        attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+    else:
+        ordinary = partial(F.dropout, p=dropout, training=dropout > 0)
+        attended, attention = _attend(heads, mask, drop or ordinary)
     outputs = attended.permute(2, 0, 1, 3).reshape(length, batch, width)
     outputs = linear(outputs.squeeze(1) if single else outputs, out_proj_weight, out_proj_bias)
-    if attention is not None:
+    if attention is not None and need_weights:
         attention = attention.mean(1) if average_attn_weights else attention
         attention = attention.squeeze(0) if single else attention
-    return outputs, attention
+    return outputs, attention if need_weights else None
 
 
 def _projected(
@@ -120,14 +132,8 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
 
 
-def _attend(
-    heads: list[Tensor], mask: Tensor | None, dropout: float, need_weights: bool
-) -> tuple[Tensor, Tensor | None]:
+def _attend(heads: list[Tensor], mask: Tensor | None, drop: Drop) -> tuple[Tensor, Tensor]:
     query, key, value = heads
-    if not need_weights:
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout), None
     scores = (query * query.shape[-1] ** -0.5) @ key.mT
-    attention = (scores if mask is None else scores + mask).softmax(-1)
-    if dropout > 0:
-        attention = F.dropout(attention, dropout)
+    attention = drop((scores if mask is None else scores + mask).softmax(-1))
     return attention @ value, attention

@@ -100,9 +100,17 @@ class Site(Declaration):
 
     default_place: ClassVar[str | None] = None
     """Where it acts if neither ``at`` nor ``after`` is given and there is nothing to take over."""
+    insertable: ClassVar[bool] = True
+    """Whether it can act on any tensor; else it takes over what the model has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        inserted = self.after is not None or self.at in ("input", "residual")
+        if inserted and not self.insertable:
+            raise DeclarationError(
+                f"{self.name!r} takes over what the model has, and cannot be inserted, but got "
+                f"at={self.at!r} and after={self.after!r}. Choose among the model's own by `at`."
+            )
         if self.at is not None and self.after is not None:
             raise DeclarationError(
                 f"give {self.name!r} either `at` or `after`, but got at={self.at!r} and "

@@ -69,11 +69,13 @@ class AlphaDropout(_Rate):
 class AttentionDropout(_Rate):
     """Tune the probability with which attention weights are set to zero.
 
-    It takes over calls of ``F.scaled_dot_product_attention`` in traced code, by the module that
-    makes them; a dropout module on attention weights is a ``Dropout`` site.
+    It takes over ``nn.MultiheadAttention`` and calls of ``F.scaled_dot_product_attention`` in
+    traced code, by the module that makes them; the weights are written out then. A dropout module
+    on attention weights is a ``Dropout`` site.
     """
 
     name: str = "attention_dropout"
+    insertable: ClassVar[bool] = False
 
 
 @final
@@ -85,6 +87,7 @@ class EmbeddingDropout(_Rate):
     """
 
     name: str = "embedding_dropout"
+    insertable: ClassVar[bool] = False
 
 
 @final

@@ -49,6 +49,7 @@ EXISTING_MODULES: dict[type[Site], dict[type[nn.Module] | str, Existing]] = {
         nn.Dropout2d: FEATURES,
         nn.Dropout3d: CHANNELS[3],
     },
+    AttentionDropout: {nn.MultiheadAttention: ELEMENTS},
     AlphaDropout: {nn.AlphaDropout: ELEMENTS, nn.FeatureAlphaDropout: FEATURES},
     EmbeddingDropout: {nn.Embedding: ELEMENTS},
     DropPath: {
@@ -74,7 +75,7 @@ EXISTING_FUNCTIONS: dict[type[Site], dict[Callable[..., Any], Granularity]] = {
 }
 """Functions a kind of site takes over."""
 
-RATE_NAMES = ("p", "dropout_p", "drop_prob")
+RATE_NAMES = ("p", "dropout_p", "drop_prob", "dropout")
 """What libraries call the rate of their noise, in modules and as arguments."""
 
 
@@ -275,9 +276,11 @@ def _existing_places(model: nn.Module, places: Sequence[_Place], declaration: Si
     if declaration.at is None and not candidates:
         taken = EXISTING_MODULES.get(type(declaration), {}).keys()
         kinds = ", ".join(_type_name(kind).rpartition(".")[2] for kind in taken)
+        insert = 'Insert some with `after=PATTERN` or `at="input"`.'
         raise DeclarationError(
             f"{declaration.name!r} takes over existing modules ({kinds or 'none'}), but "
-            f'{type(model).__name__} calls none. Insert some with `after=PATTERN` or `at="input"`.'
+            f"{type(model).__name__} calls none. "
+            f"{insert if declaration.insertable else 'Leave it out.'}"
         )
     patterns: Pattern = "**" if declaration.at is None else declaration.at
     chosen = _chosen(patterns, declaration, candidates, f"`at` of {declaration.name!r}")
@@ -297,7 +300,10 @@ def _existing(model: nn.Module, node: fx.Node, kind: type[Site]) -> Iterator[_Pl
     elif node.op == "call_module":
         name = str(node.target)
         found = _noise_of(model.get_submodule(name), kind)
-        if found is not None:
+        if found is not None and kind is AttentionDropout:
+            where = f"{node.name}:{name}"
+            yield replace(found, name=name, node=where, last=where, inside=name)
+        elif found is not None:
             place: NoisePlace = "after" if kind is EmbeddingDropout else "replace"
             yield replace(found, name=name, place=place, node=node.name, last=node.name)
         for inner, child in swappable(model, node).items():
