@@ -1,5 +1,6 @@
 """stnify: any PyTorch model tunes its own regularisation hyperparameters while it trains."""
 
+from stnify import presets as presets
 from stnify.bundle import STN as STN
 from stnify.convert import stnify as stnify
 from stnify.declare import ActivationPenalty as ActivationPenalty

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "forward_mode": {"composites"},
     # Stages, in the order data flows through them.
     "declare": {"errors"},
+    "presets": {"declare"},
     "space": {"declare", "errors"},
     "trace": {"patterns", "untouched"},
     "plan": {"space", "trace"},
