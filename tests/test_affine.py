@@ -118,6 +118,21 @@ def operators(model, inputs):
     return (model.shift - inputs) / model.scale + model.scale / (inputs.square() + 1)
 
 
+def powers(model, inputs):
+    powered = (inputs.abs() + 1) ** model.scale
+    found = torch.lerp(powered, inputs, model.shift)
+    return found.maximum(model.scale) + torch.minimum(found, model.shift)
+
+
+def copies(model, inputs):
+    return inputs * model.scale.repeat(2)
+
+
+def with_alpha(model, inputs):
+    found = torch.add(inputs.tanh(), model.scale, alpha=2.0)
+    return torch.sub(found, other=model.shift, alpha=0.5).add_(model.scale, alpha=3)
+
+
 def tied(model, inputs):
     return model.inner[1](model.inner[0](inputs).tanh())
 
@@ -256,6 +271,11 @@ CASES = {
     "operators": case(
         operators, sequences, {"scale": "batch", "shift": "batch"}, scale=(8,), shift=(8,)
     ),
+    "multiples of parameters": case(
+        with_alpha, sequences, {"scale": "batch", "shift": "batch"}, scale=(8,), shift=(8,)
+    ),
+    "powers": case(powers, sequences, {"scale": "batch", "shift": "batch"}, scale=(8,), shift=(8,)),
+    "copies": case(copies, sequences, {"scale": "shared"}, scale=(4,)),
     "list": case(
         listed,
         sequences,

@@ -25,6 +25,10 @@ class Parameters(Protocol):
         """
         ...
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Return a tensor, or what takes the place of a parameter where rows have none."""
+        ...
+
 
 Meeting = Callable[[Parameters, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -67,10 +71,25 @@ def _elementwise(
     return function(*map(met, args), **{name: met(value) for name, value in kwargs.items()})
 
 
+# Forward mode crashes in ``addcmul``, and in sums with ``alpha``, while operations are counted.
+
+
+def _sum(
+    known: Parameters, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Add or subtract, the other operand scaled beforehand."""
+    operands = {name: value for name, value in kwargs.items() if name != "alpha"}
+
+    def scaled(input: Tensor, other: Any) -> Any:
+        return function(input, kwargs["alpha"] * other)
+
+    return _elementwise(known, scaled if "alpha" in kwargs else function, args, operands)
+
+
 def _sum_with_product(
     known: Parameters, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Write ``addcmul`` out: in forward mode it crashes while its operations are counted."""
+    """Write ``addcmul`` out."""
     return _elementwise(known, _add_product, args, kwargs)
 
 
@@ -86,7 +105,8 @@ def _repetition(
     first = outputs.ndim - parameter.ndim
     repeated = zip(outputs.shape[first:], parameter.shape, strict=True)
     if any(size not in {1, after} for after, size in repeated):
-        return outputs  # several copies along a dimension of its own
+        # Several copies along a dimension of its own: rows have no place there.
+        return function(known.mean(parameter), *args[1:], **kwargs)
     return known.meet(parameter, outputs, first).expand(outputs.shape)
 
 
@@ -97,16 +117,22 @@ _NORMS: dict[Callable[..., Any], int | None] = {
     F.layer_norm: None,
     F.rms_norm: None,
 }
-_OPERATIONS = ("add", "sub", "mul", "div", "subtract", "multiply", "divide", "true_divide")
+_SUMS = ("add", "sub", "subtract")
+_OPERATIONS = ("mul", "div", "multiply", "divide", "true_divide", "pow", "lerp")
+_COMPARISONS = ("where", "maximum", "minimum")
 MEETINGS: dict[Callable[..., Any], Meeting] = {
     **{
         norm: partial(_norm, tuple(inspect.signature(norm).parameters), channel)
         for norm, channel in _NORMS.items()
     },
-    **{getattr(torch, name): _elementwise for name in (*_OPERATIONS, "where")},
-    **{getattr(Tensor, name): _elementwise for name in (*_OPERATIONS, "where")},
+    **{getattr(torch, name): _elementwise for name in (*_OPERATIONS, *_COMPARISONS)},
+    **{getattr(Tensor, name): _elementwise for name in (*_OPERATIONS, *_COMPARISONS)},
     **{getattr(Tensor, f"{name}_"): _elementwise for name in _OPERATIONS},
+    **{getattr(torch, name): _sum for name in _SUMS},
+    **{getattr(Tensor, name): _sum for name in _SUMS},
+    **{getattr(Tensor, f"{name}_"): _sum for name in _SUMS},
     Tensor.__rsub__: _elementwise,
+    Tensor.__pow__: _elementwise,
     torch.addcmul: _sum_with_product,
     Tensor.addcmul: _sum_with_product,
     Tensor.expand: _repetition,
