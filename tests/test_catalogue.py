@@ -1,0 +1,285 @@
+"""Every kind of hyperparameter keeps the same promises in a converted model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kinds import BATCH, KINDS, Kind, declared_of, final_kinds
+from torch import Tensor, nn
+
+from stnify import STN
+from stnify.declare import Augmentation, Decay, Site, WeightNoise
+from stnify.errors import DeclarationError
+from stnify.linearize import linearized_forward
+from stnify.perturb import Perturbation
+from stnify.space import HyperparameterSpace
+from stnify.testing import assert_tangent_matches_differences
+from stnify.testing.subject import Subject
+
+every_kind = pytest.mark.parametrize("name", KINDS)
+one_pass = pytest.mark.parametrize("name", [name for name in KINDS if name != "JacobianPenalty"])
+
+STOCHASTIC = [*declared_of(Site), *declared_of(WeightNoise), *declared_of(Augmentation)]
+"""Kinds that change predictions in training, by what they draw."""
+
+TARGETS = {"Mixup", "CutMix", "LabelSmoothing"}
+"""Kinds whose targets are probabilities, of which the cross-entropy is rounded in another way."""
+
+ROUNDED = {"AttentionDropout"}
+"""Kinds that write out what PyTorch has a fused kernel for."""
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+"""Sums in another order, in float32."""
+
+
+def test_every_kind_has_a_row():
+    assert final_kinds() == set(KINDS)
+    assert {"Dropout", "CutMix", "L1Penalty"} <= final_kinds()
+    assert "ColorJitter" not in final_kinds(), "a group stands for several kinds"
+
+
+def set_strength(stn: STN, value: float) -> None:
+    (name,) = stn.values()
+    stn.hyperparameters.set_values({name: value})
+
+
+@pytest.fixture
+def no_strength(monkeypatch) -> None:
+    """Every hyperparameter reads its low end, which no unconstrained value reaches."""
+    monkeypatch.setattr(
+        HyperparameterSpace, "constrain", lambda space, unconstrained: 0 * unconstrained
+    )
+
+
+def step_by_hand(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Take the plain training step, without noise; return its prediction and loss."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.AlphaDropout):
+            module.p = 0.0
+    prediction = model(batch[0])
+    loss = F.cross_entropy(prediction, batch[1])
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).step()
+    return prediction.detach(), loss.detach()
+
+
+def step_of(stn: STN, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Take one step of the user's loop; return its prediction and loss."""
+    stn.observe(batch)
+    prediction = stn.model(batch[0])
+    loss = stn.criterion(prediction, batch[1])
+    loss.backward()
+    stn.optimizer.step()
+    stn.optimizer.zero_grad()
+    return prediction.detach(), loss.detach()
+
+
+def general_state(stn: STN) -> dict[str, Tensor]:
+    state = stn.model.state_dict()
+    return {name: value for name, value in state.items() if not name.startswith("_stnify")}
+
+
+# Nothing is done where nothing is asked for -------------------------------------------------------
+
+
+@one_pass
+@pytest.mark.usefixtures("no_strength")
+def test_without_strength_a_training_step_is_the_plain_one(name):
+    kind = KINDS[name]
+    stn, plain, batch = kind.convert(), kind.fresh(), kind.batch()
+    expected, found = step_by_hand(plain, batch), step_of(stn, batch)
+    for one, other in zip(found, expected, strict=True):
+        same(name, one, other)
+    for key, value in plain.state_dict().items():
+        same(name, general_state(stn)[key], value)
+
+
+def same(name: str, found: Tensor, expected: Tensor) -> None:
+    if name in TARGETS | ROUNDED:
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+    else:
+        assert torch.equal(found, expected)
+
+
+@every_kind
+def test_with_strength_it_is_another(name):
+    kind = KINDS[name]
+    stn, plain, batch = kind.convert(), kind.fresh(), kind.batch()
+    set_strength(stn, kind.strong)
+    expected, found = step_by_hand(plain, batch), step_of(stn, batch)
+    changes = [not torch.allclose(*pair, atol=1e-3) for pair in zip(found, expected, strict=True)]
+    in_prediction, in_loss = name in STOCHASTIC, name not in declared_of(Decay)
+    assert changes == [in_prediction, in_loss]
+    weights = dict(plain.named_parameters())
+    moved = [not torch.allclose(general_state(stn)[n], w, atol=1e-4) for n, w in weights.items()]
+    assert any(moved)
+
+
+@every_kind
+def test_in_eval_mode_it_is_the_original_and_the_plain_loss(name):
+    kind = KINDS[name]
+    stn, plain, (inputs, target) = kind.convert(), kind.fresh().eval(), kind.batch()
+    set_strength(stn, kind.strong)
+    stn.model.eval()
+    prediction = stn.model(inputs)
+    assert torch.equal(prediction, plain(inputs))
+    assert torch.equal(stn.criterion(prediction, target), F.cross_entropy(prediction, target))
+    stn.model.train()
+    assert torch.equal(stn.model(inputs), plain.train()(inputs)) is (name not in STOCHASTIC)
+
+
+# Random numbers -----------------------------------------------------------------------------------
+
+
+def trajectory(kind: Kind, seed: int) -> list[Tensor]:
+    """Two steps: predictions and losses, and where everything is afterwards."""
+    stn = kind.convert(seed=seed)
+    set_strength(stn, kind.strong)
+    found = [part for n in range(2) for part in step_of(stn, kind.batch(n))]
+    return [*found, *stn.model.state_dict().values()]
+
+
+@one_pass
+def test_a_run_is_replayed_by_its_seed_and_leaves_the_users_generator_alone(name):
+    kind = KINDS[name]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = trajectory(kind, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    for one, other in zip(first, trajectory(kind, seed=0), strict=True):
+        assert torch.equal(one, other)
+    others = trajectory(kind, seed=1)
+    assert torch.equal(first[0], others[0]) is (name not in STOCHASTIC)
+    assert not all(map(torch.equal, first, others)), "perturbations are drawn in any case"
+
+
+# The response pass --------------------------------------------------------------------------------
+
+
+def open_gates(stn: STN) -> None:
+    """Give every response an effect; a fresh one has none."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in stn.model.response_parameters().items():
+            if name.endswith("gate"):
+                parameter.normal_(0, 0.5, generator=generator)
+
+
+def perturbed(kind: Kind, stn: STN, response_input: Tensor, constrained: Tensor) -> Tensor:
+    """Predict in the response pass, with the same draws in every call."""
+    drawn = Perturbation(response_input, constrained)
+
+    def run(graph, args, kwargs):
+        args, kwargs = stn.model.tunables.augmented(args, kwargs, drawn.constrained)
+        return linearized_forward(graph, args, kwargs, drawn)
+
+    with torch.random.fork_rng(), stn.model.running(run, constrained):
+        torch.manual_seed(0)
+        return stn.model(kind.batch()[0])
+
+
+@every_kind
+def test_each_row_of_the_response_pass_has_its_own_perturbation(name):
+    kind, row = KINDS[name], 2
+    stn = kind.convert()
+    open_gates(stn)
+    for module in stn.model.modules():  # in training their statistics join the rows
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    given = [torch.linspace(-1, 1, BATCH)[:, None], torch.full((BATCH, 1), kind.strong)]
+    before = perturbed(kind, stn, *given)
+    for changed in (0, 1):
+        other = [tensor.clone() for tensor in given]
+        other[changed][row] *= 1e-3
+        after = perturbed(kind, stn, *other)
+        same_rows = (after == before).all(1)
+        acts = changed == 0 or name in STOCHASTIC
+        shared = changed == 1 and name in declared_of(WeightNoise)
+        expected = [not acts or (index != row and not shared) for index in range(BATCH)]
+        assert same_rows.tolist() == expected
+
+
+def in_the_graph() -> list[str]:
+    """Kinds that act on what has a tangent."""
+    return [*declared_of(Site), *declared_of(WeightNoise)]
+
+
+def assert_tangent(name: str) -> None:
+    kind = KINDS[name]
+    stn = kind.convert(dtype=torch.float64)
+    set_strength(stn, kind.strong)
+    inputs = kind.batch()[0]
+    assert_tangent_matches_differences(stn, inputs)
+
+
+@pytest.mark.parametrize("name", in_the_graph())
+def test_primal_and_tangent_meet_the_same_draws(name):
+    assert_tangent(name)
+
+
+@pytest.mark.parametrize("name", in_the_graph())
+def test_other_draws_for_each_pass_are_caught(name, monkeypatch):
+    calls = Subject.call
+
+    def reseeded(subject, function, **options):
+        object.__setattr__(subject, "seed", subject.seed + 1)
+        return calls(subject, function, **options)
+
+    monkeypatch.setattr(Subject, "call", reseeded)
+    with pytest.raises(AssertionError, match="must be the derivative of the perturbed prediction"):
+        assert_tangent(name)
+
+
+# Methods ------------------------------------------------------------------------------------------
+
+METHODS = ("delta", "centered", "stn", "fixed")
+REFUSED = {("L1Penalty", "stn")}
+
+
+def with_methods(*methods: str) -> pytest.MarkDecorator:
+    """Run a test for every kind with these methods, where they take it."""
+    pairs = [(name, method) for name in KINDS for method in methods]
+    return pytest.mark.parametrize(("name", "method"), [p for p in pairs if p not in REFUSED])
+
+
+@pytest.mark.parametrize(("name", "method"), sorted(REFUSED))
+def test_a_method_that_does_not_take_a_kind_says_so(name, method):
+    with pytest.raises(
+        DeclarationError, match='which must be centred, but `method="stn"` has none'
+    ):
+        KINDS[name].convert(method=method)
+
+
+@with_methods("delta", "stn")
+def test_lambda_has_a_gradient_only_through_the_response(name, method):
+    kind = KINDS[name]
+    stn = kind.convert(method=method)
+    stn.observe(kind.batch())
+    stn.criterion(stn.model(kind.batch()[0]), kind.batch()[1]).backward()
+    assert stn.hyperparameters.unconstrained.grad is None
+    closed = stn.validation_step(kind.batch(1)).gradients["unconstrained"]
+    assert torch.equal(closed, torch.zeros(1))
+    open_gates(stn)
+    opened = stn.validation_step(kind.batch(1)).gradients["unconstrained"]
+    assert opened.abs() > 1e-5
+
+
+@with_methods(*METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_steps_in_single_and_half_precision(name, method, dtype):
+    kind = KINDS[name]
+    stn = kind.convert(method=method, dtype=dtype)
+    set_strength(stn, kind.strong)
+    before = stn.values()
+    for seed in range(2):
+        prediction, loss = step_of(stn, kind.batch(seed, dtype))
+        assert prediction.dtype is dtype
+        assert loss.isfinite()
+    assert all(value.isfinite().all() for value in stn.model.state_dict().values())
+    assert vars(stn.counters) == {
+        "training_steps": 2,
+        "validation_steps": 0 if method == "fixed" else 2,
+        "skipped": 0,
+        "skipped_responses": 0,
+    }
+    assert (stn.values() == before) is (method == "fixed")
