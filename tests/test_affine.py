@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -557,6 +558,21 @@ def test_a_plan_counts_and_prints_what_parameters_add(response, added):
     assert written["1.bias"]["kind"] == "Parameter"
     assert written["1.bias"]["parameters"] == 6
     assert written["1.bias"]["response_parameters"] == 6 * len(HPARAMS) + added // 4
+
+
+def test_the_readme_says_what_a_resnet_adds():
+    plans = [
+        stnify(
+            timm.create_model("resnet18", num_classes=10),
+            [WeightDecay()],
+            affine=affine,
+            verify=False,
+        ).plan
+        for affine in (False, True)
+    ]
+    without, with_affine = (plan.response_parameters for plan in plans)
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert f"{with_affine - without:,} numbers, {with_affine / without - 1:.1%}" in readme
 
 
 @in_double
