@@ -138,14 +138,17 @@ class Objective:
         return loss
 
     def penalty(self, model: TunableModule, batch: Any) -> Tensor | float:
-        """Return the penalties that predict by themselves, averaged over the batch."""
-        space = model.hyperparameters
-        penalties = [
-            term(model, batch, space[column]).mean() for column, term in self.passes.items()
-        ]
-        if not penalties:
+        """Return the penalties that predict by themselves, averaged over the batch.
+
+        Their passes update no buffer.
+        """
+        terms = self.passes
+        if not terms:
             return 0.0
-        model.take_records()  # of the passes made for penalties
+        space = model.hyperparameters
+        with model.set_aside():
+            penalties = [term(model, batch, space[name]).mean() for name, term in terms.items()]
+        model.take_records()  # of these passes
         return torch.stack(penalties).sum()
 
     @property

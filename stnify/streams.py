@@ -25,6 +25,7 @@ class RandomStream:
         self.device = device
         self._seed = seed
         self._states: dict[str, Tensor] = {"cpu": _seeded(torch.device("cpu"), seed)}
+        self._is_active = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RandomStream":
         twin = RandomStream(self._seed, self.device)
@@ -33,16 +34,24 @@ class RandomStream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Run the body on this stream, then restore the global generators, also after an error."""
+        """Run the body on this stream, then restore the global generators, also after an error.
+
+        A body inside a body goes on where the outer one is.
+        """
+        if self._is_active:
+            yield
+            return
         devices = self._devices()
         before = {device: _get_state(device) for device in devices}
         for device in devices:
             if str(device) not in self._states:
                 self._states[str(device)] = _seeded(device, self._seed)
             _set_state(device, self._states[str(device)])
+        self._is_active = True
         try:
             yield
         finally:
+            self._is_active = False
             for device in devices:
                 self._states[str(device)] = _get_state(device)
                 _set_state(device, before[device])

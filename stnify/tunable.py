@@ -434,6 +434,21 @@ class TunableModule(nn.Module):
             self._original.training = self.training
 
     @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Let the body predict without a trace: on copies of buffers, from stnify's own stream."""
+        holders = [module for module in self._original.modules() if module._buffers]
+        before = [dict(module._buffers) for module in holders]
+        for module in holders:
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+        try:
+            with nullcontext() if self._running else self._stream.active():
+                yield
+        finally:
+            for module, buffers in zip(holders, before, strict=True):
+                module._buffers.update(buffers)
+
+    @contextmanager
     def buffers_restored(self) -> Iterator[None]:
         """Undo what the body does to buffers."""
         before = [(buffer, buffer.clone()) for buffer in self.buffers()]

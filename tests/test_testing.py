@@ -22,7 +22,7 @@ from stnify import STN, Dropout, Hyperparameter, UsageError, WeightDecay, stnify
 from stnify.layers import HYPER_MODULES, HyperLinear
 from stnify.regularizers import TunedDropout
 from stnify.testing import strategies
-from stnify.testing.modules import NAMES, Branching, Folded, Residual, Twice
+from stnify.testing.modules import NAMES, Branching, Folded, Mean, Residual, Twice, shaken
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning"),
@@ -616,6 +616,24 @@ def test_random_modules_are_exact_or_refused_with_a_reason(shard):
     convert()
     assert len(outcomes) == IN_A_SHARD
     assert outcomes.count(None) > IN_A_SHARD / 2
+
+
+@pytest.mark.parametrize(
+    "built",
+    [
+        lambda: (torch.manual_seed(131072), nn.Sequential(
+            nn.TransformerEncoderLayer(1, 1, 4, dropout=0.0, batch_first=True), nn.GroupNorm(2, 4)
+        ), torch.randn((2, 4, 1))),
+        lambda: (torch.manual_seed(4828), nn.Sequential(
+            nn.Embedding(5, 1), Mean(1), nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+        ), torch.zeros((2, 1), dtype=torch.long)),
+    ],
+)  # fmt: skip
+def test_norms_of_next_to_nothing_are_no_fault(built):
+    """Rounding and curvature are magnified by the root of 1 / eps, and again by each norm."""
+    with torch.random.fork_rng():
+        _, model, inputs = built()
+        assert testing.converts_or_refuses(shaken(model), inputs) is None
 
 
 @settings(quickly, max_examples=100, derandomize=True)

@@ -21,7 +21,6 @@ from stnify.augment.color import (
 from stnify.augment.erase import cutout, random_erasing
 from stnify.augment.geometry import affine, horizontal_flip, inverse_matrices, warp
 from stnify.augment.mix import Mixed, cutmix, mixed_targets, mixup
-from stnify.augment.noise import gaussian_noise, scaling_noise
 from stnify.augment.pipeline import AUGMENTATIONS, MIXES, Augment, Stats
 from stnify.augment.randaugment import OPERATIONS, rand_augment
 
@@ -41,7 +40,6 @@ __all__ = [
     "contrast",
     "cutmix",
     "cutout",
-    "gaussian_noise",
     "horizontal_flip",
     "hue",
     "inverse_matrices",
@@ -50,6 +48,5 @@ __all__ = [
     "rand_augment",
     "random_erasing",
     "saturation",
-    "scaling_noise",
     "warp",
 ]

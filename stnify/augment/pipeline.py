@@ -12,7 +12,6 @@ from stnify.augment.erase import cutout, random_erasing
 from stnify.augment.examples import beside, check_images
 from stnify.augment.geometry import horizontal_flip, warp
 from stnify.augment.mix import Mixed, cutmix, mixup
-from stnify.augment.noise import gaussian_noise, scaling_noise
 from stnify.augment.randaugment import OPERATIONS, check_operations, rand_augment
 from stnify.errors import DeclarationError, ShapeError, nearest
 
@@ -29,11 +28,6 @@ COLORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Hue": hue,
 }
 
-NOISES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "GaussianNoise": gaussian_noise,
-    "ScalingNoise": scaling_noise,
-}
-
 CUTOUT = ("CutoutHoles", "CutoutLength")
 
 MIXES: dict[str, Callable[[Tensor, Tensor], Mixed]] = {"Mixup": mixup, "CutMix": cutmix}
@@ -43,7 +37,6 @@ AUGMENTATIONS = (
     *WARPS,
     "RandAugment",
     *COLORS,
-    *NOISES,
     *CUTOUT,
     "RandomErasing",
     *MIXES,
@@ -141,8 +134,6 @@ class Augment(nn.Module):
         warps = {WARPS[name]: row for name, row in strengths.items() if name in WARPS}
         work = warp(work, **warps)
         work = self._colored(work, strengths)
-        for name in (name for name in NOISES if name in strengths):
-            work = NOISES[name](work, strengths[name])
         work, partner, share = _mixed(self._erased(work, strengths), strengths)
         return Mixed(_as_before(work, images.dtype), partner, share)
 

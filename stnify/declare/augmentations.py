@@ -174,9 +174,9 @@ class HorizontalFlip(_Probability):
 @final
 @dataclass(frozen=True)
 class Mixup(_Strength):
-    """Tune how far examples and targets are mixed in pairs: ``Beta(value, value)``.
+    """Tune how far examples and targets are mixed in pairs.
 
-    Targets are mixed by ``stn.criterion``: class indices become probabilities, which the criterion
+    Each example keeps the larger share of a draw from ``Beta(value, value)``. Targets are mixed by ``stn.criterion``: class indices become probabilities, which the criterion
     must accept. Source: Zhang et al., ICLR 2018.
     """
 
@@ -189,7 +189,8 @@ class Mixup(_Strength):
 class CutMix(_Strength):
     """Tune how large a rectangle of another example takes the place of one's own.
 
-    Its share of the area is ``1 - Beta(value, value)``; targets are mixed as for ``Mixup``.
+    One's own keeps the larger share of a draw from ``Beta(value, value)``; targets are mixed as
+    for ``Mixup``.
     Source: Yun et al., ICCV 2019.
     """
 

@@ -188,7 +188,7 @@ def _misfit(tangents: Sequence[Tensor], here: Tensor) -> float:
     """Return how far the third tangent is from ``2 first - 3 second``, relative to its size."""
     first, second, both = tangents
     expected = 2.0 * first - 3.0 * second
-    scale = float(expected.norm()) + 1e-6 * float(here.norm()) + 1e-12
+    scale = float(expected.norm()) + 1e-4 * float(here.norm()) + 1e-12
     return float((both - expected).norm()) / scale
 
 
@@ -241,7 +241,8 @@ def assert_tangent_matches_differences(
 
     In float64, in train mode with the same noise, and in eval mode, against the differences of
     perturbed passes one step ahead and one behind. Their mean is the central difference; where the
-    two disagree, at the kink of a ReLU, the tangent must lie between them.
+    two disagree, at the kink of a ReLU, the tangent must lie between them. Where a step is too long
+    for the curvature, as behind norms of next to nothing, a shorter one decides.
 
     Args:
         model: Any module, or an STN.
@@ -259,24 +260,41 @@ def check_tangent(subject: Subject, step: float = 1e-6, tolerance: float = 1e-4)
     subject = subject.several()
     subject.shared_sites()
     direction = subject.draw()
-    sides = (partial(subject.perturbed, side * direction) for side in (0.0, step, -step))
-    passes: list[Run] = [partial(subject.linearized, direction), *sides]
     for mode, training in MODES.items():
         with subject.mode(training), torch.no_grad():
-            found = [tensors(run()) for run in passes]
-            errors = [
-                _outside(linear - here, here, ahead, behind, step)
-                for linear, here, ahead, behind in zip(*found, strict=True)
-                if here.is_floating_point()
-            ]
-            error = max(errors, key=_nan_last, default=0.0)
+            errors = {}
+            for length in (step, SHORTER * step):
+                errors[length] = _tangent_error(_passes(subject, direction, length), length)
+                if errors[length] <= tolerance:
+                    break
+            length, error = min(errors.items(), key=lambda item: _nan_last(item[1]))
             if not error <= tolerance:
-                trails = [record(subject, run) for run in passes]
+                trails = [record(subject, run) for run in _passes(subject, direction, length)]
                 raise AssertionError(
                     f"in {mode} mode the tangent of {subject.name} must be the derivative of the "
                     f"perturbed prediction up to {tolerance:.1g}, but its relative error is "
-                    f"{error:.3g}. {first_difference(trails, _no_derivative(step, tolerance))}"
+                    f"{error:.3g}. {first_difference(trails, _no_derivative(length, tolerance))}"
                 )
+
+
+SHORTER = 1 / 32
+"""Of the second step, relative to the first."""
+
+
+def _passes(subject: Subject, direction: Tensor, step: float) -> list[Run]:
+    """Return the linearised pass, and the perturbed ones here, ahead and behind."""
+    sides = (partial(subject.perturbed, side * direction) for side in (0.0, step, -step))
+    return [partial(subject.linearized, direction), *sides]
+
+
+def _tangent_error(passes: Sequence[Run], step: float) -> float:
+    found = [tensors(run()) for run in passes]
+    errors = [
+        _outside(linear - here, here, ahead, behind, step)
+        for linear, here, ahead, behind in zip(*found, strict=True)
+        if here.is_floating_point()
+    ]
+    return max(errors, key=_nan_last, default=0.0)
 
 
 def _no_derivative(step: float, tolerance: float) -> Judge:
