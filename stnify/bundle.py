@@ -1,7 +1,7 @@
 """8. The STN: model, optimizer and loader that drop into a loop, and what can be asked of them."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stnify.errors import UsageError
 from stnify.export import export, export_folded
 from stnify.flops import WHOLE
+from stnify.inventory import Regularizer, table, with_values
 from stnify.loaders import ObservedLoader
 from stnify.methods import Counters
 from stnify.optimizer import STNOptimizer
@@ -44,11 +45,13 @@ class STN:
         tuner: Tuner,
         optimizer: STNOptimizer | None,
         train_loader: Iterable[Any] | None,
+        regularizers: Sequence[Regularizer],
     ) -> None:
         self.model = model
         self._plan = plan
         self.optimizer = optimizer
         self._tuner = tuner
+        self._regularizers = regularizers
         self.train_loader = (
             None if train_loader is None else ObservedLoader(train_loader, self._fetch)
         )
@@ -95,11 +98,14 @@ class STN:
         """Return the perturbation scales by name, unconstrained units."""
         return self.hyperparameters.scales()
 
+    def regularizers(self) -> list[Regularizer]:
+        """Return what regularises this run: tuned now, fixed at the conversion, or absent."""
+        return with_values(self._regularizers, self.values())
+
     def report(self) -> str:
-        """Return plan, values and counters as text."""
+        """Return plan, regularisers with their values, and counters as text."""
         shared = [n for n, word in self._tuner.layouts.items() if word.startswith("shared")]
-        values = [f"{name} = {value:.4g}" for name, value in self.values().items()]
-        lines = [str(self.plan), "", *values]
+        lines = [str(self.plan), "", table(self.regularizers())]
         if shared:
             lines.append(f"one perturbation for the whole batch at: {', '.join(shared)}")
         counters = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in vars(self.counters).items())

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from stnify.checks import refuse_arguments, refuse_distributed, refuse_empty, re
 from stnify.compiled import CompiledForward
 from stnify.declare import Declaration, Pattern, declarations
 from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, nearest
+from stnify.inventory import doubled, inventory
 from stnify.linearize import Forward, linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
 from stnify.methods import METHODS, Cadence, Method
@@ -121,6 +123,9 @@ def stnify(
         TraceError: The model cannot be traced faithfully.
         UsageError: An argument is missing or does not fit the others.
 
+    Warns:
+        UserWarning: The train loader or the criterion does what is tuned as well.
+
     Example:
         ``stn = stnify(model, [Dropout(after="layer*.*"), WeightDecay()], optimizer=optimizer,
         criterion=criterion, train_loader=train_loader, valid_loader=valid_loader)``
@@ -194,7 +199,10 @@ def stnify(
             joint=not chosen.centred,
         )
         _replace_decay(optimizer, tunable, plan)
-    return STN(tunable, plan, tuner, wrapped, train_loader)
+    regularizers = inventory(model, plan, optimizer, criterion, train_loader)
+    for message in doubled(regularizers):
+        warnings.warn(message, stacklevel=2)
+    return STN(tunable, plan, tuner, wrapped, train_loader, regularizers)
 
 
 # Defaults -----------------------------------------------------------------------------------------

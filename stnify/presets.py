@@ -1,4 +1,4 @@
-"""1b. The hyperparameters of the papers' experiments, each set as one list of declarations.
+"""1a. The hyperparameters of the papers' experiments, each set as one list of declarations.
 
 Pass a list as it is or with declarations of your own added, as in
 ``stnify(model, [*presets.cifar_resnet18(), WeightDecay()], ...)``. Ranges and starts are those of

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "space",
         "trace",
     },
+    "inventory": {"declare", "plan", "trace"},
     "tunable": {
         "augment",
         "errors",
@@ -112,6 +113,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
         "export",
         "flops",
+        "inventory",
         "loaders",
         "methods",
         "optimizer",
@@ -130,6 +132,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "compiled",
         "declare",
         "errors",
+        "inventory",
         "linearize",
         "loaders",
         "methods",
