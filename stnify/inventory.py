@@ -31,6 +31,7 @@ class Regularizer:
         value: Constrained units; words for several numbers, None if it cannot be told.
         status: ``"tuned"`` by stnify, ``"fixed"`` as the user has it, or ``"absent"``.
         name: Of the hyperparameter, if it is tuned.
+        outside: Whether the train loader or the criterion does it.
     """
 
     where: tuple[str, ...]
@@ -38,6 +39,7 @@ class Regularizer:
     value: float | str | None
     status: Status
     name: str = ""
+    outside: bool = False
 
 
 Strengths = Mapping[str, tuple[str, ...]]
@@ -141,9 +143,6 @@ INSIDE = (
 DECOUPLED = {"AdamW", "NAdamW", "SGDW", "SGDP", "AdamP", "Lion", "Adafactor", "Muon", "Adan"}
 """Classes of optimizers that decay weights beside the gradient; others say so in their groups."""
 
-LOADER, CRITERION = "train_loader", "criterion"
-"""How ``where`` begins for what is outside the model and the optimizer."""
-
 
 def inventory(
     model: nn.Module,
@@ -171,7 +170,7 @@ def inventory(
         *_in_functions(plan),
         *_in_optimizer(optimizer),
         *_in_criterion(criterion),
-        *_in_loader(train_loader, LOADER, {}),
+        *_in_loader(train_loader, "train_loader", {}),
     ]
     present = {regularizer.kind for regularizer in found}
     kinds = [kind.__name__ for kind in KINDS.values()]
@@ -189,22 +188,26 @@ def doubled(found: Sequence[Regularizer]) -> list[str]:
     The optimizer's own weight decay is none of them: a tuned one takes its place.
     """
     tuned = {r.kind: r for r in found if r.status == "tuned"}
-    outside = [r for r in found if r.where and r.where[0].startswith((LOADER, CRITERION))]
     return [
         f"a regulariser should act in one place, but {r.kind} is tuned as {tuned[r.kind].name!r} "
         f"at {_brief(tuned[r.kind].where)} and fixed at {_worded(r.value)} in {r.where[0]}: both "
         f"act, and no tuned value undoes the fixed one. Take it out there, or do not declare "
         f"{tuned[r.kind].name!r}."
-        for r in outside
-        if r.kind in tuned
+        for r in found
+        if r.outside and r.kind in tuned
     ]
 
 
 def table(found: Sequence[Regularizer]) -> str:
-    """Return what there is as a table, and what is absent in one line below."""
-    present = [r for r in found if r.status != "absent"]
-    rows = [("regulariser", "status", "value", "where")]
-    rows += [(r.name or r.kind, r.status, _worded(r.value), _brief(r.where)) for r in present]
+    """Return what there is as a table, and what is absent in one line below.
+
+    What a model has of one kind that is fixed stands in one row.
+    """
+    groups: dict[object, list[Regularizer]] = {}
+    for i, r in enumerate(found):
+        if r.status != "absent":
+            groups.setdefault(i if r.name or r.outside else r.kind, []).append(r)
+    rows = [("regulariser", "status", "value", "where"), *map(_row, groups.values())]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
@@ -296,17 +299,19 @@ def _in_criterion(criterion: object) -> Iterator[Regularizer]:
         parts = criterion.named_modules()
     for name, part in parts:
         if any(hasattr(part, attribute) for attribute in CRITERIA["LabelSmoothing"]):
-            yield from _of(part, ".".join(filter(None, (CRITERION, name))), CRITERIA)
+            where = ".".join(filter(None, ("criterion", name)))
+            yield from _of(part, where, CRITERIA, outside=True)
 
 
 def _in_loader(found: object, where: str, seen: dict[int, object]) -> Iterator[Regularizer]:
     """Yield what is done to examples on their way, as far as transforms are kept as objects."""
-    if found is None or id(found) in seen:
+    if found is None or isinstance(found, Mapping) or id(found) in seen:
         return
     seen[id(found)] = found
     name = type(found).__name__
     if name in TRANSFORMS or (name.startswith("Random") and _is_single(found)):
-        yield from _of(found, f"{where} ({name})", TRANSFORMS.get(name, {name: ("p",)}))
+        strengths = TRANSFORMS.get(name, {name: ("p",)})
+        yield from _of(found, f"{where} ({name})", strengths, outside=True)
         return
     for step, inside in _inside(found):
         yield from _in_loader(inside, f"{where}.{step}", seen)
@@ -337,14 +342,16 @@ def _inside(found: object) -> Iterator[tuple[str, object]]:
 # Values -------------------------------------------------------------------------------------------
 
 
-def _of(found: object, where: str, strengths: Strengths) -> Iterator[Regularizer]:
+def _of(
+    found: object, where: str, strengths: Strengths, *, outside: bool = False
+) -> Iterator[Regularizer]:
     """Yield what an object does, if its strength is not nought."""
     for kind, attributes in strengths.items():
         known = [getattr(found, a) for a in attributes if hasattr(found, a)]
         active = [value for value in known if not _idle(value)]
         if active or not known:
             value = _value(active[0]) if active else None
-            yield Regularizer((where,), kind, value, "fixed")
+            yield Regularizer((where,), kind, value, "fixed", outside=outside)
 
 
 def _idle(value: object) -> bool:
@@ -358,6 +365,18 @@ def _value(value: Any) -> float | str:
     if isinstance(value, Real):
         return float(value)
     return str(tuple(value)) if isinstance(value, Sequence) else str(value)
+
+
+def _row(group: Sequence[Regularizer]) -> tuple[str, ...]:
+    """Return a row of the table for regularisers of one kind."""
+    values = [r.value for r in group]
+    ends = list(dict.fromkeys(values))
+    numbers = [value for value in values if isinstance(value, float)]
+    if len(ends) > 1 and len(numbers) == len(values):
+        ends = [min(numbers), max(numbers)]
+    where = [place for r in group for place in r.where]
+    first = group[0]
+    return (first.name or first.kind, first.status, " to ".join(map(_worded, ends)), _brief(where))
 
 
 def _worded(value: float | str | None) -> str:

@@ -298,6 +298,13 @@ class RandomImages(Images):
     """Random is part of its name, but it is no transform."""
 
 
+class Obliging(dict):
+    """Has an attribute of any name, a new one each time."""
+
+    def __getattr__(self, name):
+        return Obliging()
+
+
 def loader(*transforms, **options):
     return DataLoader(Images(v1.Compose(transforms)), batch_size=2, **options)
 
@@ -415,8 +422,14 @@ def test_loaders_of_timm():
 
 @pytest.mark.parametrize(
     "plain",
-    [[(torch.ones(2, 6), torch.ones(2))], DataLoader(RandomImages()), iter(()), None],
-    ids=["list", "random by name", "iterator", "none"],
+    [
+        [(torch.ones(2, 6), torch.ones(2))],
+        DataLoader(RandomImages()),
+        DataLoader(Images(Obliging())),
+        iter(()),
+        None,
+    ],
+    ids=["list", "random by name", "obliging", "iterator", "none"],
 )
 def test_a_loader_without_transforms_has_none(plain):
     assert fixed(None, None, None, plain) == []
@@ -554,6 +567,38 @@ def test_a_table_of_what_cannot_be_told_and_of_nothing_absent():
         "RandAugment  fixed   ?      train_loader (AutoAugment)",
         "absent: none",
     ]
+
+
+def test_a_model_has_one_row_for_what_it_has_of_a_kind():
+    paths = [timm.layers.DropPath(rate) for rate in (0.1, 0.3, 0.2)]
+    model = with_noise(nn.Dropout(0.5), *paths, nn.Dropout(0.5))
+    groups = [
+        {"params": [model[0].weight], "weight_decay": 0.1},
+        {"params": [model[-1].weight], "weight_decay": 0.2},
+    ]
+    data = loader(v1.RandomErasing(0.25), v1.RandomErasing(0.75))
+    idle = [Hyperparameter("idle", 0.5, (0.0, 1.0))]
+    found = inventory(model, plan_of(model, idle), torch.optim.SGD(groups, lr=0.1), None, data)
+    place = "train_loader.dataset.transform.transforms"
+    assert table(found).splitlines()[:-1] == [
+        "regulariser    status  value       where",
+        "idle           tuned   0.5         loss",
+        "Dropout        fixed   0.5         1 and 1 more",
+        "DropPath       fixed   0.1 to 0.3  2 and 2 more",
+        "WeightDecay    fixed   0.1 to 0.2  optimizer.param_groups.0 and 1 more",
+        f"RandomErasing  fixed   0.25        {place}.0 (RandomErasing)",
+        f"RandomErasing  fixed   0.75        {place}.1 (RandomErasing)",
+    ]
+
+
+def test_a_module_called_criterion_is_the_models_own():
+    model = nn.Sequential()
+    model.add_module("first", nn.Linear(6, 3))
+    model.add_module("criterion", nn.Dropout(0.1))
+    model.add_module("drop", nn.Dropout(0.2))
+    found = inventory(model, plan_of(model, [Dropout(at="drop")]))
+    assert [r.where for r in found if r.kind == "Dropout"] == [("drop",), ("criterion",)]
+    assert doubled(found) == []
 
 
 def test_a_run_with_a_loader_of_its_own_reports_as_well():
