@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,7 @@ from torch import Tensor, nn
 
 from stnify.augment import MIXES, mixed_targets
 from stnify.errors import ShapeError
-from stnify.penalties import (
-    activation,
-    confidence,
-    jacobian,
-    smoothed,
-    temporal_activation,
-)
+from stnify.penalties import confidence, jacobian, smoothed, temporal_change
 from stnify.perturb import Perturbation
 from stnify.plan import DecaySite, LossSite
 from stnify.space import HyperparameterSpace
@@ -46,6 +41,10 @@ def _jacobian(model: nn.Module, batch: Any, value: Tensor) -> Tensor:
     return value * jacobian(model, batch[0])
 
 
+def _unchanged(activations: Tensor) -> Tensor:
+    return activations
+
+
 TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"LabelSmoothing": smoothed}
 """Kind of loss term to what it makes of ``(target, prediction, value)``."""
 
@@ -53,10 +52,10 @@ PREDICTIONS: dict[str, Callable[[Tensor], Tensor]] = {"ConfidencePenalty": confi
 """Kind of loss term to its penalty on predictions, ``(batch,)``."""
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "ActivationPenalty": activation,
-    "TemporalActivationPenalty": temporal_activation,
+    "ActivationPenalty": _unchanged,
+    "TemporalActivationPenalty": temporal_change,
 }
-"""Kind of loss term to its penalty on activations that were kept, ``(batch,)``."""
+"""Kind of loss term to that of activations whose mean square it penalises."""
 
 PASSES: dict[str, Penalty] = {"JacobianPenalty": _jacobian}
 """Kind of loss term to a penalty that needs a pass of its own, as users' penalties do."""
@@ -131,10 +130,10 @@ class Objective:
         loss = _scalar(self.criterion(prediction, target), "criterion")
         for site in (site for site in self.losses if site.kind in PREDICTIONS):
             loss = loss + (space[site.column] * PREDICTIONS[site.kind](prediction)).mean()
-        records = model.take_records()
         for site in (site for site in self.losses if site.kind in ACTIVATIONS):
-            penalty = ACTIVATIONS[site.kind](records[site.column], **site.settings)
-            loss = loss + (space[site.column] * penalty).mean()
+            value, act = space[site.column], partial(ACTIVATIONS[site.kind], **site.settings)
+            for recorder in (r for r in model.tunables.recorders if r.column == site.column):
+                loss = loss + (value * recorder.penalty(value.numel(), act)).mean()
         return loss
 
     def penalty(self, model: TunableModule, batch: Any) -> Tensor | float:
@@ -148,7 +147,6 @@ class Objective:
         space = model.hyperparameters
         with model.set_aside():
             penalties = [term(model, batch, space[name]).mean() for name, term in terms.items()]
-        model.take_records()  # of these passes
         return torch.stack(penalties).sum()
 
     @property

@@ -1,13 +1,14 @@
 """Parts: loss terms with a tunable coefficient."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stnify.rows import RowLayout, trailing
+from stnify.errors import ShapeError, UsageError
+from stnify.rows import RowLayout, gather_rows, trailing
 
 
 class SquaredNormChange(Protocol):
@@ -88,19 +89,14 @@ def confidence(prediction: Tensor) -> Tensor:
     return -entropy.reshape(len(entropy), -1).mean(1)
 
 
-def activation(records: Sequence[Tensor]) -> Tensor:
-    """Return the mean square of each example's activations, summed over places, ``(batch,)``."""
-    return torch.stack([by_example(record.square()) for record in records]).sum(0)
+def temporal_change(activations: Tensor, time: int) -> Tensor:
+    """Return the change of activations from step to step.
 
-
-def temporal_activation(records: Sequence[Tensor], time: int) -> Tensor:
-    """Return the mean squared change along ``time``, summed over places, ``(batch,)``."""
-    return torch.stack([by_example(record.diff(dim=time).square()) for record in records]).sum(0)
-
-
-def by_example(values: Tensor) -> Tensor:
-    """Return the mean over all dimensions but the first."""
-    return values.reshape(len(values), -1).mean(1)
+    Args:
+        activations: ``(rows, ...)``.
+        time: Dimension of the steps.
+    """
+    return activations.diff(dim=time)
 
 
 def jacobian(predict: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -130,7 +126,7 @@ class Recorder(nn.Module):
 
     Attributes:
         records: Activations of differentiable training passes since they were last taken.
-        layout: Unused; rows of the activations are examples.
+        layout: Which rows of the activations belong to which example.
     """
 
     def __init__(self, column: str) -> None:
@@ -155,7 +151,30 @@ class Recorder(nn.Module):
             self.records.append(inputs)
         return inputs
 
-    def take(self) -> list[Tensor]:
-        """Return what was kept, and let go of it."""
-        taken, self.records = self.records, []
-        return taken
+    def penalty(self, batch: int, act: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the mean square of what ``act`` makes of each example's activations, ``(batch,)``.
+
+        Several passes count by their mean. What was kept is let go of.
+
+        Raises:
+            UsageError: No pass was kept.
+            ShapeError: ``act`` changes the dimension of the examples.
+        """
+        records, self.records = self.records, []
+        if not records:
+            raise UsageError(
+                f"the penalty of {self.column!r} needs a prediction made in train mode with "
+                f"gradients since the last one, but there is none. Call the model before "
+                f"`stn.criterion`, once for each loss."
+            )
+        by_row = []
+        for record in records:
+            squares, row = act(record).square(), self.layout.dim
+            if squares.shape[row] != record.shape[row]:
+                raise ShapeError(
+                    f"the penalty of {self.column!r} must compare steps of an example, but "
+                    f"dimension {row} of {tuple(record.shape)} counts examples. Give the "
+                    f"dimension of the steps by `time`."
+                )
+            by_row.append(squares.movedim(row, 0).flatten(1).mean(1))
+        return torch.stack([gather_rows(row, batch, self.layout) for row in by_row]).mean(0)

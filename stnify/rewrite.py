@@ -4,7 +4,7 @@ The graph takes three more inputs: ``response_input`` (``(batch, h)`` or None), 
 (``(h,)``, ``(batch, h)`` or None) and ``linearized``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -234,6 +234,14 @@ def _key(tunables: Tunables, site: WeightSite, layer: HyperLayer) -> str:
     return insert(tunables.layers, site.name, layer) if known is None else known
 
 
+def _slots(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every place a parameter is registered at; a module under two names has one."""
+    for path, module in root.named_modules(prefix=prefix):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name, parameter
+
+
 def _sharing(
     model: nn.Module, tunables: Tunables, noise: WeightNoiseSite, uses: Mapping[str, Sequence[Use]]
 ) -> dict[str, tuple[str, ...]]:
@@ -242,7 +250,7 @@ def _sharing(
     They are the names it has in the model, and those of what is added to it in response.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    added = dict(tunables.named_parameters(prefix=PREFIX, remove_duplicate=False))
+    registered = [*_slots(model, ""), *_slots(tunables, PREFIX)]
     sharing: dict[str, tuple[str, ...]] = {}
     for weight in noise.parameters:
         shared = {id(parameters[weight])}
@@ -250,9 +258,7 @@ def _sharing(
             response = cast(HyperLayer, tunables.layers[use.layer]).weight_response
             if response is not None and response.response is not None and not use.computed:
                 shared.add(id(response.response))
-        sharing[weight] = tuple(
-            name for name, tensor in (*parameters.items(), *added.items()) if id(tensor) in shared
-        )
+        sharing[weight] = tuple(name for name, tensor in registered if id(tensor) in shared)
     return sharing
 
 

@@ -58,6 +58,22 @@ def expand_rows(values: Tensor, rows: int, layout: RowLayout) -> Tensor:
     return values.repeat_interleave(rows // batch, dim=0)
 
 
+def gather_rows(values: Tensor, batch: int, layout: RowLayout) -> Tensor:
+    """Return the mean of each example's rows, ``(batch,)``; of all where rows belong to none.
+
+    Args:
+        values: ``(rows,)``.
+        batch: Examples.
+        layout: Whom rows belong to.
+    """
+    rows = values.shape[0]
+    if layout is RowLayout.SHARED or rows % batch:
+        return values.mean().expand(batch)
+    if layout is RowLayout.INTERLEAVED:
+        return values.reshape(rows // batch, batch).mean(0)
+    return values.reshape(batch, rows // batch).mean(1)
+
+
 def placed(values: Tensor, dims: int, row: int, unit: int) -> Tensor:
     """Shape ``(rows, n)`` to broadcast against ``dims`` dimensions, two of which are these."""
     row, unit = row % dims, unit % dims

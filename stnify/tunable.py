@@ -76,6 +76,11 @@ class Tunables(nn.Module):
         """Sites that keep activations for a penalty."""
         return [site for site in self.noises.values() if isinstance(site, Recorder)]
 
+    def forget_records(self) -> None:
+        """Let go of activations kept."""
+        for recorder in self.recorders:
+            recorder.records = []
+
     def weights_disturbed(
         self, graph: nn.Module, constrained: Tensor | None
     ) -> AbstractContextManager[None]:
@@ -329,13 +334,6 @@ class TunableModule(nn.Module):
             with self.tunables.weights_disturbed(self._graph, constrained):
                 return graph(*args, **kwargs, constrained=constrained)
 
-    def take_records(self) -> dict[str, list[Tensor]]:
-        """Return activations kept for penalties, by hyperparameter, and let go of them."""
-        records: dict[str, list[Tensor]] = {}
-        for recorder in self.tunables.recorders:
-            records.setdefault(recorder.column, []).extend(recorder.take())
-        return records
-
     def call_before_training(self, function: Callable[[], None]) -> None:
         """Call ``function`` before every pass of the user's own that may be differentiated."""
         self.__dict__["_before_training"] = function
@@ -435,16 +433,21 @@ class TunableModule(nn.Module):
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Let the body predict without a trace: on copies of buffers, from stnify's own stream."""
+        """Let the body predict without a trace: on copies of buffers, from stnify's own stream.
+
+        Perturbations are those of the pass before.
+        """
+        repeating = getattr(self._training_pass, "repeating", nullcontext)
         holders = [module for module in self._original.modules() if module._buffers]
         before = [dict(module._buffers) for module in holders]
         for module in holders:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.clone()
         try:
-            with nullcontext() if self._running else self._stream.active():
+            with repeating(), nullcontext() if self._running else self._stream.active():
                 yield
         finally:
+            self.tunables.forget_records()
             for module, buffers in zip(holders, before, strict=True):
                 module._buffers.update(buffers)
 

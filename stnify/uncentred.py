@@ -4,7 +4,8 @@ This is the parameterisation of MacKay et al. (ICLR 2019), where the user's own 
 general and response parameters at once, [DeltaSTN] Algorithm 2.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ class UncentredTraining:
     def __init__(self, stream: RandomStream) -> None:
         self.stream = stream
         self.drawn: list[Perturbation] = []
+        self._repeats = False
 
     def __call__(
         self, graph: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -39,14 +41,29 @@ class UncentredTraining:
         """Run the graph perturbed, differentiably in general and response parameters."""
         space = _space(graph)
         with self.stream.active():
-            perturbation = training_perturbation(space, batch_size((args, kwargs)), centred=False)
-            if torch.is_grad_enabled():
-                self.drawn.append(perturbation)
+            perturbation = self._perturbation(space, batch_size((args, kwargs)))
             space.active = perturbation.constrained
             tunables = _tunables(graph)
             args, kwargs = tunables.augmented(args, kwargs, perturbation.constrained)
             with tunables.weights_disturbed(cast(nn.Module, graph), perturbation.constrained):
                 return graph(*args, **kwargs, **perturbation._asdict())
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Let passes of the body be at the latest draw, as far as their batch is as large."""
+        before, self._repeats = self._repeats, True
+        try:
+            yield
+        finally:
+            self._repeats = before
+
+    def _perturbation(self, space: HyperparameterSpace, batch: int) -> Perturbation:
+        if self._repeats and self.drawn and len(self.drawn[-1].response_input) == batch:
+            return self.drawn[-1]
+        perturbation = training_perturbation(space, batch, centred=False)
+        if torch.is_grad_enabled():
+            self.drawn.append(perturbation)
+        return perturbation
 
     def decay_gradients(
         self, model: TunableModule, sites: tuple[DecaySite, ...]

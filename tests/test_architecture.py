@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"rows"},
     "regularizers": {"errors", "rows"},
     "augment": {"errors"},
-    "penalties": {"rows"},
+    "penalties": {"errors", "rows"},
     "composites": set(),
     "products": {"layers"},
     "calls": {"composites", "layers", "products"},

@@ -176,8 +176,8 @@ class HorizontalFlip(_Probability):
 class Mixup(_Strength):
     """Tune how far examples and targets are mixed in pairs.
 
-    Each example keeps the larger share of a draw from ``Beta(value, value)``. Targets are mixed by ``stn.criterion``: class indices become probabilities, which the criterion
-    must accept. Source: Zhang et al., ICLR 2018.
+    XX
+        must accept. Source: Zhang et al., ICLR 2018.
     """
 
     name: str = "mixup"

@@ -55,7 +55,8 @@ class LabelSmoothing(LossTerm):
     """Tune the share of each target that is spread evenly over all classes.
 
     ``stn.criterion`` turns class indices into probabilities, which the criterion must accept, as
-    ``F.cross_entropy`` does. Source: Szegedy et al., CVPR 2016.
+    ``F.cross_entropy`` does. Targets it ignores have none, but it then divides by all targets, and
+    class weights no longer by their sum. Source: Szegedy et al., CVPR 2016.
     """
 
     name: str = "label_smoothing"
@@ -125,7 +126,11 @@ class ActivationTerm(_Coefficient):
 @final
 @dataclass(frozen=True)
 class ActivationPenalty(ActivationTerm):
-    """Tune the weight of the mean square of activations (AR). Source: Merity et al. 2017."""
+    """Tune the weight of the mean square of activations (AR), summed over the modules named.
+
+    Several predictions before one ``stn.criterion`` count by their mean.
+    Source: Merity et al. 2017.
+    """
 
     name: str = "activation_penalty"
     range: tuple[float, float] = (0.0, 4.0)
