@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from stnify.composites import (
+    DESCRIPTIONS,
     MEETINGS,
     RECURRENT_CELLS,
     RECURRENT_NETWORKS,
@@ -291,9 +292,10 @@ WEIGHT_CALLS: dict[Callable[..., Any], Rule] = {
 
 
 def _describes(function: Callable[..., Any]) -> bool:
-    """Whether a function reads an attribute that is no tensor computed from its owner."""
-    if getattr(function, "__name__", "") != "__get__":
-        return False
+    """Whether a function reads what a tensor is like, and computes nothing from it."""
+    name = getattr(function, "__name__", "")
+    if name != "__get__":
+        return name in DESCRIPTIONS
     attribute = getattr(function, "__self__", None)
     return getattr(attribute, "__name__", "") not in TENSOR_ATTRIBUTES
 

@@ -576,10 +576,23 @@ def test_the_readme_says_what_a_resnet_adds():
 
 
 @in_double
-def test_a_parameter_that_meets_rows_here_and_none_there_is_reported_as_mixed_or_shared():
+def test_each_use_of_a_parameter_has_a_row_of_its_own_with_its_own_layout():
     model = Calling(lambda m, x: x * m.scale + m.scale.sigmoid(), scale=torch.randn(8))
     stn = stnify(model, HPARAMS, affine=True, example_inputs=sequences(), seed=0)
     assert [s.layout.split()[0] for s in stn.plan.weights] == ["batch", "shared"]
+
+
+@in_double
+@everywhere
+def test_reading_the_size_of_a_parameter_is_no_use_of_it(kind):
+    def split(model, inputs):
+        width = model.scale.size(0) * model.scale.dim()
+        return (inputs.reshape(-1, width) * model.scale).reshape(inputs.shape)
+
+    stn = stnify(
+        kind(split, scale=torch.randn(8)), HPARAMS, affine=True, example_inputs=sequences()
+    )
+    assert [(s.weight, s.layout) for s in stn.plan.weights] == [("scale", "batch x 4")]
 
 
 # A run --------------------------------------------------------------------------------------------

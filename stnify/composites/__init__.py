@@ -7,11 +7,12 @@ a forward-mode derivative, neither of which the fused kernels have.
 
 from stnify.composites.attention import multi_head_attention
 from stnify.composites.bag import embedding_bag
-from stnify.composites.meeting import MEETINGS, TENSOR_ATTRIBUTES
+from stnify.composites.meeting import DESCRIPTIONS, MEETINGS, TENSOR_ATTRIBUTES
 from stnify.composites.packing import pack, pad
 from stnify.composites.recurrent import RECURRENT_CELLS, RECURRENT_NETWORKS
 
 __all__ = [
+    "DESCRIPTIONS",
     "MEETINGS",
     "RECURRENT_CELLS",
     "RECURRENT_NETWORKS",

@@ -141,5 +141,8 @@ MEETINGS: dict[Callable[..., Any], Meeting] = {
 }
 """Function to the way it treats parameters among its arguments."""
 
+DESCRIPTIONS = {"size", "dim", "numel", "stride", "is_floating_point", "get_device"}
+"""Methods of a tensor that read what it is like, not its numbers."""
+
 TENSOR_ATTRIBUTES = {"T", "mT", "H", "mH"}
 """Attributes of a tensor that are tensors computed from it."""

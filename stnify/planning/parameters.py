@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, fx, nn
 
-from stnify.composites import TENSOR_ATTRIBUTES
+from stnify.composites import DESCRIPTIONS, TENSOR_ATTRIBUTES
 from stnify.plan import WeightSite
 from stnify.planning.computed import parameters_behind
 from stnify.planning.modules import reason_against
@@ -66,7 +66,7 @@ def _read(model: nn.Module, node: fx.Node) -> nn.Parameter | None:
 
 def _computes(node: fx.Node) -> bool:
     """Whether a node computes with the numbers of its inputs."""
-    if node.op == "output":
+    if node.op == "output" or (node.op == "call_method" and node.target in DESCRIPTIONS):
         return False
     return node.target is not getattr or node.args[1] in TENSOR_ATTRIBUTES
 
