@@ -16,7 +16,6 @@ from stnify.testing import assert_tangent_matches_differences
 from stnify.testing.subject import Subject
 
 every_kind = pytest.mark.parametrize("name", KINDS)
-one_pass = pytest.mark.parametrize("name", [name for name in KINDS if name != "JacobianPenalty"])
 
 STOCHASTIC = [*declared_of(Site), *declared_of(WeightNoise), *declared_of(Augmentation)]
 """Kinds that change predictions in training, by what they draw."""
@@ -81,7 +80,7 @@ def general_state(stn: STN) -> dict[str, Tensor]:
 # Nothing is done where nothing is asked for -------------------------------------------------------
 
 
-@one_pass
+@every_kind
 @pytest.mark.usefixtures("no_strength")
 def test_without_strength_a_training_step_is_the_plain_one(name):
     kind = KINDS[name]
@@ -138,7 +137,7 @@ def trajectory(kind: Kind, seed: int) -> list[Tensor]:
     return [*found, *stn.model.state_dict().values()]
 
 
-@one_pass
+@every_kind
 def test_a_run_is_replayed_by_its_seed_and_leaves_the_users_generator_alone(name):
     kind = KINDS[name]
     torch.manual_seed(0)
