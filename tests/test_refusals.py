@@ -1,7 +1,10 @@
 """Models that hide their weights, or have none to train, are refused by name with a way out."""
 
+import warnings
+
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from stnify import UnsupportedModuleError, WeightDecay, stnify
@@ -17,11 +20,17 @@ def sparse():
     return model
 
 
-class Quantised(nn.Linear):
-    """Stands in a module path of PyTorch's quantised layers, which need a quantised engine."""
+def quantised_dynamically():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch announces that the function will move
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(linear()), {nn.Linear})
 
 
-Quantised.__module__ = "torch.ao.nn.quantized.modules.linear"
+def quantised_statically():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        return torchvision.models.quantization.mobilenet_v2(quantize=True)
+
 
 REFUSED = {
     "data parallel": (lambda: nn.DataParallel(linear()), r"DataParallel.*`\.module` inside"),
@@ -31,7 +40,8 @@ REFUSED = {
         lambda: nn.Sequential(linear(), torch.compile(linear())),
         r"'1' \(OptimizedModule\) is a OptimizedModule",
     ),
-    "quantised": (lambda: nn.Sequential(Quantised(3, 2)), r"'0' \(Quantised\) is quantised"),
+    "quantised": (quantised_dynamically, r"'0' \(Linear\) is quantised.*quantise `stn.export"),
+    "statically": (quantised_statically, r"'features.0.0' \(ConvReLU2d\) is quantised"),
     "sparse": (sparse, r"'weight' has layout torch\.sparse_coo.*`\.to_dense\(\)`"),
 }
 
