@@ -129,6 +129,8 @@ CASES = {
     "gru": Case(lambda: Recurrent(nn.GRU), sequences, "recurrence.weight_hh*", HIDDEN),
     "function": Case(Functional, vectors, "weight", ("weight",)),
     "untraced": Case(Untraced, vectors, "first", ("first.weight",)),
+    "tied": Case(Tied, words, "**", ("words.weight",)),
+    "twice": Case(Twice, vectors, "first", ("first.weight",)),
     "root": Case(lambda: nn.Linear(5, 4), vectors, "**", ("weight",)),
 }
 
