@@ -133,7 +133,7 @@ class Objective:
         for site in (site for site in self.losses if site.kind in ACTIVATIONS):
             value, act = space[site.column], partial(ACTIVATIONS[site.kind], **site.settings)
             for recorder in (r for r in model.tunables.recorders if r.column == site.column):
-                loss = loss + (value * recorder.penalty(value.numel(), act)).mean()
+                loss = loss + recorder.penalty(value, act)
         return loss
 
     def penalty(self, model: TunableModule, batch: Any) -> Tensor | float:

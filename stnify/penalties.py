@@ -151,10 +151,14 @@ class Recorder(nn.Module):
             self.records.append(inputs)
         return inputs
 
-    def penalty(self, batch: int, act: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the mean square of what ``act`` makes of each example's activations, ``(batch,)``.
+    def penalty(self, value: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``value`` times the mean square of what ``act`` makes of the activations, ``()``.
 
         Several passes count by their mean. What was kept is let go of.
+
+        Args:
+            value: ``()``, or ``(batch,)`` for the coefficient of each example.
+            act: Activations to what is to be small in them.
 
         Raises:
             UsageError: No pass was kept.
@@ -167,14 +171,18 @@ class Recorder(nn.Module):
                 f"gradients since the last one, but there is none. Call the model before "
                 f"`stn.criterion`, once for each loss."
             )
-        by_row = []
-        for record in records:
-            squares, row = act(record).square(), self.layout.dim
-            if squares.shape[row] != record.shape[row]:
-                raise ShapeError(
-                    f"the penalty of {self.column!r} must compare steps of an example, but "
-                    f"dimension {row} of {tuple(record.shape)} counts examples. Give the "
-                    f"dimension of the steps by `time`."
-                )
-            by_row.append(squares.movedim(row, 0).flatten(1).mean(1))
-        return torch.stack([gather_rows(row, batch, self.layout) for row in by_row]).mean(0)
+        squares = [(record, act(record).square()) for record in records]
+        if not value.ndim:
+            return value * torch.stack([square.mean() for _, square in squares]).mean()
+        of_examples = [self._by_example(*pair, batch=len(value)) for pair in squares]
+        return (value * torch.stack(of_examples).mean(0)).mean()
+
+    def _by_example(self, record: Tensor, squares: Tensor, batch: int) -> Tensor:
+        row = self.layout.dim
+        if squares.shape[row] != record.shape[row]:
+            raise ShapeError(
+                f"the penalty of {self.column!r} must compare steps of an example, but dimension "
+                f"{row} of {tuple(record.shape)} counts examples. Give the dimension of the steps "
+                f"by `time`."
+            )
+        return gather_rows(squares.movedim(row, 0).flatten(1).mean(1), batch, self.layout)

@@ -195,10 +195,9 @@ def penn_treebank_lstm(
         EmbeddingDropout(at=embedding, init=START),
         LockedDropout("input_dropout", after=embedding, init=START),
         LockedDropout("hidden_dropout", after=tuple(layers[:-1]), init=START),
-        # At one place, what is declared last acts first: TAR, then dropout, then AR.
-        ActivationPenalty(after=last, init=START),
-        LockedDropout("output_dropout", after=last, init=START),
         TemporalActivationPenalty(after=last, init=START),
+        LockedDropout("output_dropout", after=last, init=START),
+        ActivationPenalty(after=last, init=START),
         DropConnect(at=recurrent, init=START),
     ]
 

@@ -309,13 +309,16 @@ def _place_noise(
                 noisy = graph.call_module(target, (node, constrained))
             last.replace_input_with(node, noisy)
         case "after":
+            behind = f"behind {site.node}"  # what noise declared before has made of the node
+            value, last = (nodes[behind],) * 2 if behind in nodes else (node, last)
             if last.op == "placeholder":
                 last = [other for other in graph.nodes if other.op == "placeholder"][-1]
             later = _after(graph, last)
             others = (node.args[0],) if site.kind == "EmbeddingDropout" else ()
             with graph.inserting_after(last):
-                noisy = graph.call_module(target, (node, constrained, *others))
-            node.replace_all_uses_with(noisy, delete_user_cb=lambda user: user in later)
+                noisy = graph.call_module(target, (value, constrained, *others))
+            value.replace_all_uses_with(noisy, delete_user_cb=lambda user: user in later)
+            nodes[behind] = noisy
 
 
 def _noise_call(

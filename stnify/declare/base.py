@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -88,15 +88,19 @@ class Site(Declaration):
     Attributes:
         at: Existing modules of the kind, by glob on qualified names (``*`` stays within one
             dotted part, ``**`` crosses dots) or by type; ``"input"`` inserts at the model's input.
-        after: Insert the operation after each matching module's output.
+        after: Insert the operation after each matching module's output; several act in the order
+            they are declared in.
         exclude: Patterns taken out again.
         per_layer: One hyperparameter for each site, named ``name.<module>``, instead of one shared.
+        tie: Sites that share one, by the last part of its name: ``{"early": "layer[12].*"}`` makes
+            ``name.early``. Sites in no group go by ``per_layer``.
     """
 
     at: Pattern | None = None
     after: Pattern | None = None
     exclude: Pattern = ()
     per_layer: bool = False
+    tie: Mapping[str, Pattern] = field(default_factory=dict)
 
     default_place: ClassVar[str | None] = None
     """Where it acts if neither ``at`` nor ``after`` is given and there is nothing to take over."""
@@ -126,11 +130,13 @@ class Decay(Declaration):
         at: Weights, by glob on parameter or module names or by module type.
         exclude: Patterns taken out again.
         per_layer: One hyperparameter for each layer, named ``name.<module>``, instead of one.
+        tie: Weights that share one, as for a ``Site``.
     """
 
     at: Pattern = "**"
     exclude: Pattern = ()
     per_layer: bool = False
+    tie: Mapping[str, Pattern] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,12 +147,14 @@ class WeightNoise(Declaration):
         at: Weights, by glob on parameter or module names or by module type.
         exclude: Patterns taken out again.
         per_layer: One hyperparameter for each layer, named ``name.<module>``, instead of one.
+        tie: Weights that share one, as for a ``Site``.
     """
 
     per_example: bool = False
     at: Pattern = "**"
     exclude: Pattern = ()
     per_layer: bool = False
+    tie: Mapping[str, Pattern] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,7 @@ from stnify.declare import Decay, Pattern, WeightNoise
 from stnify.errors import DeclarationError
 from stnify.patterns import choose, matches, require
 from stnify.plan import DecaySite, WeightNoiseSite
+from stnify.planning.sharing import columns_of
 from stnify.space import Column
 
 DECAYS = ("WeightDecay", "L1Penalty")
@@ -73,10 +74,11 @@ def _weights_by_column(
     excluded = set(_chosen(declaration.exclude, candidates))
     kept = [name for name in chosen if name not in excluded]
     require(kept, declaration.exclude, chosen, f"{purpose} less `exclude`")
+    held = {name: candidates[name] for name in kept}
+    columns = columns_of(declaration, held, _chosen, lambda name: name.rpartition(".")[0])
     by_column: dict[str, list[str]] = {}
-    for name in kept:
-        suffix = f".{name.rpartition('.')[0]}" if declaration.per_layer else ""
-        by_column.setdefault(declaration.name + suffix, []).append(name)
+    for name, column in columns.items():
+        by_column.setdefault(column, []).append(name)
     return by_column
 
 
@@ -86,7 +88,7 @@ def _start(declaration: Decay, own: Sequence[float]) -> float:
     return mean if low < mean < high else declaration.default_init
 
 
-def _chosen(patterns: Pattern, weights: Mapping[str, nn.Module]) -> list[str]:
+def _chosen(patterns: Pattern, weights: Mapping[str, nn.Module | None]) -> list[str]:
     """Choose weights by their own name, their module's name or its type."""
     by_weight = set(choose(patterns, weights))
     globs = [patterns] if isinstance(patterns, str | type) else list(patterns)

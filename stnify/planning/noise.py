@@ -21,9 +21,10 @@ from stnify.declare import (
     Site,
 )
 from stnify.errors import DeclarationError
-from stnify.patterns import require, require_each
+from stnify.patterns import choose, require, require_each
 from stnify.plan import Granularity, NoisePlace, NoiseSite
 from stnify.planning.residual import residual_branches
+from stnify.planning.sharing import columns_of
 from stnify.space import Column
 from stnify.trace import Traced, caller, swappable
 
@@ -102,10 +103,11 @@ def noise_sites(
         DeclarationError: It matches nothing, or a module that does not return one tensor.
     """
     places = _places(model, traced, declaration)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = columns_of(declaration, {p.name: modules.get(p.name) for p in places}, choose)
     by_column: dict[str, list[_Place]] = {}
     for place in places:
-        suffix = f".{place.name}" if declaration.per_layer else ""
-        by_column.setdefault(declaration.name + suffix, []).append(place)
+        by_column.setdefault(names[place.name], []).append(place)
     columns = [
         Column.of(declaration, name, _start(declaration, members), scale)
         for name, members in by_column.items()
