@@ -321,6 +321,139 @@ def test_the_mean_of_projections_is_the_norm_of_the_jacobian():
     assert found.std() > 0.05 * expected, "every call must draw another projection"
 
 
+# Whose activations --------------------------------------------------------------------------------
+
+
+class TimeFirst(nn.Module):
+    """Activations with time first and examples second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrence = nn.RNN(FEATURES, 4)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.recurrence(inputs.transpose(0, 1))[0][-1])
+
+
+class Folded(nn.Module):
+    """Activations whose rows are the steps of one example after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrence = nn.Linear(FEATURES, 4)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = self.recurrence(inputs.flatten(0, 1)).tanh()
+        return self.head(rows.unflatten(0, inputs.shape[:2]).mean(1))
+
+
+class Interleaved(Folded):
+    """Activations whose rows are all examples of one step after another."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = self.recurrence(inputs.transpose(0, 1).flatten(0, 1)).tanh()
+        return self.head(rows.unflatten(0, (inputs.shape[1], len(inputs))).mean(0))
+
+
+LAYOUTS = {
+    "time first": (TimeFirst, ActivationPenalty, lambda model, x: model.recurrence(x)[0]),
+    "changes, time first": (
+        TimeFirst,
+        TemporalActivationPenalty,
+        lambda model, x: model.recurrence(x)[0].diff(dim=0),
+    ),
+    "folded": (Folded, ActivationPenalty, lambda model, x: model.recurrence(x)),
+    "interleaved": (Interleaved, ActivationPenalty, lambda model, x: model.recurrence(x)),
+}
+
+
+@pytest.mark.parametrize("steps", [3, BATCH])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_example_has_its_own_coefficient_wherever_its_activations_are(
+    name, steps, monkeypatch
+):
+    """Also where there are as many steps as examples, so that every shape fits."""
+    build, kind, activation = LAYOUTS[name]
+    time = {"time": 0} if kind is TemporalActivationPenalty else {}
+    torch.manual_seed(0)
+    inputs, target = torch.randn(BATCH, steps, FEATURES).double(), batch()[1]
+    model = build().double()
+    stn = stnify(
+        model,
+        [kind(after="recurrence", init=0.5, **time)],
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        criterion=no_loss,
+        seed=0,
+    )
+    stn.step((inputs, target))  # verifies the layout
+    drawn = Perturbation(torch.zeros(BATCH, 1).double(), torch.arange(1.0, 6.0).double()[:, None])
+    monkeypatch.setattr("stnify.step.training_perturbation", lambda space, size: drawn)
+    found = response_step(stn.model, [(inputs, target)], stn._tuner.objective).loss
+    # Without a perturbation an example alone has the activations it has in the batch.
+    squares = [activation(model, x).square().mean() for x in inputs]
+    expected = sum(i * square for i, square in enumerate(squares, 1)) / BATCH
+    torch.testing.assert_close(found, expected.detach(), **TOLERANCE)
+    shuffled = sum(i * square for i, square in enumerate(squares[::-1], 1)) / BATCH
+    assert not torch.allclose(found, shuffled.detach())
+
+
+def test_steps_that_are_examples_are_refused():
+    declared = TemporalActivationPenalty(after="act", time=0)
+    stn = converted(declared)
+    stn.observe(batch())
+    stn.criterion(stn.model(batch()[0]), batch()[1]).backward()
+    with pytest.raises(ShapeError, match=r"must compare steps of an example, but dimension 0"):
+        stn.optimizer.step()
+
+
+def test_a_prediction_made_in_between_counts_by_the_mean():
+    stn = converted(TERMS["activation"].declaration)
+    inputs, target = batch()
+    once = stn.criterion(stn.model(inputs), target)
+    stn.model(inputs)
+    torch.testing.assert_close(stn.criterion(stn.model(inputs), target), once, **TOLERANCE)
+
+
+# Passes of their own ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["delta", "stn"])
+def test_a_penalty_predicts_at_the_values_it_is_multiplied_by(method):
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def kept(model: nn.Module, given: Any, value: Tensor) -> Tensor:
+        model(given[0])
+        seen.append((value.detach().clone(), stn.hyperparameters["own"].detach().clone()))
+        return 0.0 * value
+
+    stn = converted(Hyperparameter("own", 0.5, (0.0, 1.0), penalty=kept), method=method)
+    stn.step(batch())
+    assert seen
+    assert all(torch.equal(value, active) for value, active in seen)
+    drawn = [value for value, _ in seen if value.ndim]
+    assert drawn
+    assert all(value.std() > 0 for value in drawn)
+
+
+def test_a_penalty_of_the_uncentred_method_responds_to_the_draw_it_is_multiplied_by():
+    """Weights of the penalty's pass are those of the prediction: both outputs are the same."""
+    outputs: list[Tensor] = []
+
+    def kept(model: nn.Module, given: Any, value: Tensor) -> Tensor:
+        outputs.append(model(given[0]).detach())
+        return 0.0 * value
+
+    stn = converted(Hyperparameter("own", 0.5, (0.0, 1.0), penalty=kept), method="stn")
+    inputs, target = batch()
+    stn.observe((inputs, target))
+    first = stn.model(inputs)
+    stn.criterion(first, target)
+    torch.testing.assert_close(outputs[0], first.detach(), **TOLERANCE)
+    assert not torch.allclose(stn.model(inputs), first), "another pass draws anew"
+
+
 # Penalties on weights -----------------------------------------------------------------------------
 
 
