@@ -1,8 +1,8 @@
 """Lambda moves the right way: problems whose better side is known by construction, run to see.
 
 Each problem's docstring says why more, or less, of a regulariser is better in it. The start is on
-the wrong side, everything but the length of the run is at its default, and the value has to double,
-or to halve.
+the wrong side, of the settings only the length of the run and the cadence are chosen, and the value
+has to double, or to halve. Each of the seeds 0 to 9 did so when this was written; one is tested.
 """
 
 from collections.abc import Callable
@@ -260,9 +260,9 @@ def noisy_at_validation() -> Problem:
 
 
 MORE: dict[str, tuple[Callable[[], Problem], Declaration]] = {
-    "dropout": (few_redundant, Dropout(init=0.05)),
+    "dropout": (few_redundant, Dropout(init=0.1)),
     "drop_path": (few_noisy_sums_branched, DropPath(init=0.05)),
-    "weight_decay": (few_noisy_sums, WeightDecay(init=0.05)),
+    "weight_decay": (few_noisy_sums, WeightDecay(init=0.5)),
     "cutout_length": (occluded, CutoutLength(init=1.0, range=(0.0, 8.0))),
     "brightness": (lit, Brightness(init=0.1)),
     "rotate": (turned, Rotate(init=10.0, range=(0.0, 90.0))),
