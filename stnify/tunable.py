@@ -101,7 +101,10 @@ class Tunables(nn.Module):
         if self.augment is None or constrained is None or not self.training:
             return args, kwargs
         name = None if args else next(iter(kwargs), None)
-        mixed = self.augment(args[0] if name is None else kwargs[name], constrained)
+        images = args[0] if name is None else kwargs[name]
+        if not torch.compiler.is_compiling():
+            self.augment.check(images)
+        mixed = self.augment(images, constrained)
         self.mixing = None if mixed.partner is None else Mixing(mixed.partner, mixed.share)
         if name is None:
             return (mixed.images, *args[1:]), kwargs
@@ -391,6 +394,8 @@ class TunableModule(nn.Module):
 
     def compile_passes(self) -> None:
         """Compile train and eval mode; names and the user's own modules stay as they are."""
+        if self.tunables.augment is not None:
+            self.tunables.augment.compile()
         self.__dict__["_compiled"] = {
             "general": torch.compile(self._graph),
             "evaluation": torch.compile(self._original),

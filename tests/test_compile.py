@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from stnify import Dropout, WeightDecay, stnify
+from stnify import Brightness, Dropout, HorizontalFlip, ShapeError, WeightDecay, stnify
 from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.perturb import Perturbation, training_perturbation
 
@@ -185,4 +185,30 @@ def test_watched_calls_compile_as_one_graph_or_run_eagerly_with_a_warning(recurr
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, **TOLERANCE)
         assert one.abs().max() > 1e-6
+    torch._dynamo.reset()
+
+
+def test_augmentations_compile_and_still_refuse_other_units():
+    """Compiled, they are what they are eagerly; lambda moves without compiling again."""
+    torch._dynamo.reset()
+    declared = [HorizontalFlip(init=0.5), Brightness(init=0.3)]
+    images = torch.rand(4, 3, 6, 6)
+    found = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+        stn = stnify(model, declared, compile=compiled, seed=0)
+        assert (stn.model.tunables.augment._compiled_call_impl is not None) == compiled
+        stn.model.train()
+        stn.model(images)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for rate in (0.1, 0.4, 0.9):
+                stn.hyperparameters.set_values({"horizontal_flip": rate})
+                found.setdefault(rate, []).append(stn.model(images))
+        fresh = stnify(nn.Sequential(nn.Flatten(), nn.Linear(108, 4)), declared, compile=compiled)
+        with pytest.raises(ShapeError, match=r"must be in \[0, 1\] for colour operations"):
+            fresh.model.train()(2 * images)
+    for eager, fast in found.values():
+        assert eager.shape == fast.shape == (4, 4)
+        assert torch.stack([eager, fast]).isfinite().all()
     torch._dynamo.reset()

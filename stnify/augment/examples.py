@@ -26,16 +26,17 @@ def of_examples(values: Tensor, inputs: Tensor, operation: str) -> Tensor:
     return values.detach().to(torch.promote_types(values.dtype, torch.float32))
 
 
-def check_images(images: Tensor, operation: str) -> None:
+def check_images(images: object, operation: str) -> None:
     """Refuse what is no batch of images.
 
     Raises:
         ShapeError: The images are not ``(n, c, h, w)``.
     """
-    if images.ndim != 4:
+    shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or images.ndim != 4:
         raise ShapeError(
             f"{operation} must get images of shape (n, channels, height, width), but got "
-            f"{tuple(images.shape)}. Add the missing dimension: `images[None]` for a single image."
+            f"{shape}. Add the missing dimension: `images[None]` for a single image."
         )
 
 

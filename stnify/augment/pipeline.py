@@ -123,11 +123,10 @@ class Augment(nn.Module):
                 another number of channels, or (in the first call, if not compiled) colours are
                 declared and the images are not in [0, 1].
         """
-        check_images(images, "augmentation")
+        self.check(images)
         strengths = self._strengths(images, constrained)
         if not self.training:
             return Mixed(images)
-        self._check_units(images)
         work = _as_floats(images)
         if "HorizontalFlip" in strengths:
             work = horizontal_flip(work, strengths["HorizontalFlip"])
@@ -146,8 +145,14 @@ class Augment(nn.Module):
         rows = constrained.detach().expand(len(images), -1)
         return {name: rows[:, column] for name, column in self.columns.items()}
 
-    def _check_units(self, images: Tensor) -> None:
-        """Look at the values once; the device has to be waited for."""
+    def check(self, images: Tensor) -> None:
+        """Raise ShapeError if these are no images, or not in the units colours need.
+
+        Their values are looked at once. Compiled code cannot do that: call this before it.
+        """
+        check_images(images, "augmentation")
+        if not self.training:
+            return
         if images.dtype == torch.uint8:
             if self.stats is not None:
                 raise ShapeError(
