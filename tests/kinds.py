@@ -129,8 +129,16 @@ class Kind:
     inputs: Callable[[torch.Generator], Tensor]
     strong: float
 
-    def convert(self, *, dtype: torch.dtype = torch.float32, **options: Any) -> STN:
-        """Convert a model that is the same in every call; all kinds of steps run at once."""
+    def convert(
+        self, *others: Declaration, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> STN:
+        """Convert a model that is the same in every call; all kinds of steps run at once.
+
+        Args:
+            others: Declared behind this kind's own.
+            dtype: Of parameters and real inputs.
+            options: Of ``stnify``.
+        """
         model = self.fresh().to(dtype)
         defaults = {
             "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
@@ -141,7 +149,7 @@ class Kind:
             "verify": False,
             "seed": 0,
         }
-        return stnify(model, [self.declaration], **{**defaults, **options})
+        return stnify(model, [self.declaration, *others], **{**defaults, **options})
 
     def fresh(self) -> nn.Module:
         """Build the model with the same weights in every call; the global generator stays."""

@@ -1,13 +1,44 @@
 """Every kind of hyperparameter keeps the same promises in a converted model."""
 
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from kinds import BATCH, KINDS, Kind, declared_of, final_kinds
+from kinds import (
+    BATCH,
+    KINDS,
+    ConvolutionalNetwork,
+    Kind,
+    SentenceClassifier,
+    declared_of,
+    final_kinds,
+    perceptron,
+    transformer,
+)
 from torch import Tensor, nn
 
-from stnify import STN
-from stnify.declare import Augmentation, Decay, Site, WeightNoise
+from stnify import STN, stnify
+from stnify.declare import (
+    ActivationPenalty,
+    AttentionDropout,
+    Augmentation,
+    Decay,
+    DropConnect,
+    Dropout,
+    DropPath,
+    EmbeddingDropout,
+    Hyperparameter,
+    L1Penalty,
+    LockedDropout,
+    Site,
+    TemporalActivationPenalty,
+    WeightNoise,
+)
 from stnify.errors import DeclarationError
 from stnify.linearize import linearized_forward
 from stnify.perturb import Perturbation
@@ -282,3 +313,138 @@ def test_two_steps_in_single_and_half_precision(name, method, dtype):
         "skipped_responses": 0,
     }
     assert (stn.values() == before) is (method == "fixed")
+
+
+# Everything at once -------------------------------------------------------------------------------
+
+MODELS = {
+    "images": ConvolutionalNetwork,
+    "sentences": SentenceClassifier,
+    "patches": transformer,
+    "vectors": perceptron,
+}
+
+
+def everything(model: Callable[[], nn.Module], **options: Any) -> tuple[STN, Kind]:
+    """Declare all kinds that have a row with this model at once."""
+    rows = [kind for kind in KINDS.values() if kind.model is model]
+    return rows[0].convert(*(kind.declaration for kind in rows[1:]), **options), rows[0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_continues_from_its_state_to_the_same_bits(model):
+    stn, kind = everything(MODELS[model])
+    for seed in range(2):
+        step_of(stn, kind.batch(seed))
+    file = io.BytesIO()
+    torch.save(stn.state_dict(), file)
+    file.seek(0)
+    loaded, _ = everything(MODELS[model], seed=1)
+    other, _ = everything(MODELS[model], seed=1)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    ends = []
+    for run in (stn, loaded, other):
+        found = [part for seed in range(2, 4) for part in step_of(run, kind.batch(seed))]
+        ends.append([*found, *run.model.state_dict().values()])
+    assert all(map(torch.equal, ends[0], ends[1]))
+    assert not any(map(torch.equal, ends[0][:4], ends[2][:4]))
+    assert loaded.values() == stn.values()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_export_is_the_model_in_eval_mode_and_holds_nothing_of_stnify(model):
+    stn, kind = everything(MODELS[model])
+    step_of(stn, kind.batch())
+    plain, inputs = stn.export(), kind.batch(1)[0]
+    assert type(plain) is type(kind.fresh())
+    assert all(not type(part).__module__.startswith("stnify") for part in plain.modules())
+    assert plain.state_dict().keys() == kind.fresh().state_dict().keys()
+    assert torch.equal(plain.eval()(inputs), stn.model.eval()(inputs))
+    assert not torch.equal(plain(inputs), kind.fresh().eval()(inputs)), "a step must have moved it"
+    json.loads(stn.plan.to_json())
+    assert all(name in str(stn.plan) for name in stn.values())
+
+
+VALUES = 10
+COMPILED = {
+    "images": (
+        "DropBlock",
+        "GaussianNoise",
+        "ScalingNoise",
+        "Brightness",
+        "Mixup",
+        "WeightDecay",
+        "L1Penalty",
+        "LabelSmoothing",
+        "ActivationPenalty",
+    ),
+    "vectors": ("AlphaDropout", "Hyperparameter"),
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("names", COMPILED.values(), ids=COMPILED)
+def test_ten_values_of_lambda_need_one_compilation(names):
+    """A pass that runs eagerly would warn, and warnings are errors."""
+    kind = KINDS[names[0]]
+    others = [KINDS[name].declaration for name in names[1:]]
+    torch._dynamo.reset()
+    stn = kind.convert(*others, DropConnect(at="**", name="weights"), compile=True)
+    start = stn.values()
+    for seed in range(2):  # the first step compiles without momentum's buffers, the second with
+        step_of(stn, kind.batch(seed))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for share in torch.linspace(0.2, 1.8, VALUES).tolist():
+            stn.hyperparameters.set_values({name: share * start[name] for name in start})
+            assert step_of(stn, kind.batch())[1].isfinite()
+    assert vars(stn.counters)["validation_steps"] == 2 + VALUES
+    torch._dynamo.reset()
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+OUTER = ("lr", "learning_rate", "momentum", "batch_size")
+
+
+@pytest.mark.parametrize("name", OUTER)
+def test_numbers_of_the_optimization_are_refused_with_the_reason(name):
+    for declared in ({name: 0.1}, [Hyperparameter(name, 0.1, (0.0, 1.0))]):
+        with pytest.raises(DeclarationError, match=rf"but '{name}' only changes how the minimum"):
+            stnify(perceptron(), declared)
+    stnify(perceptron(), [Hyperparameter(f"{name}_of_mine", 0.1, (0.0, 1.0))])
+
+
+REFUSALS = {
+    "no branches": (perceptron, DropPath(), "acts on residual branches, but no addition"),
+    "no attention": (perceptron, AttentionDropout(), "takes over .*, but Sequential calls none"),
+    "no words": (perceptron, EmbeddingDropout(), "takes over existing modules"),
+    "no place": (perceptron, LockedDropout(), "takes over existing modules"),
+    "no dropout": (perceptron, Dropout(), "takes over existing modules"),
+    "no weights": (perceptron, L1Penalty(at="missing"), "`at` of 'l1_penalty'"),
+    "no activations": (perceptron, ActivationPenalty(after="missing"), "`after` of 'activation"),
+}
+
+
+@pytest.mark.parametrize(("model", "declared", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_a_kind_without_a_place_is_refused(model, declared, message):
+    with pytest.raises(DeclarationError, match=message):
+        stnify(model(), [declared])
+
+
+def test_a_branch_is_all_that_a_path_needs():
+    plan = stnify(ConvolutionalNetwork(), [DropPath()]).plan
+    assert [site.name for site in plan.noises] == ["branch"]
+
+
+@pytest.mark.parametrize("kind", [ActivationPenalty, TemporalActivationPenalty])
+def test_a_penalty_on_activations_must_say_which(kind):
+    with pytest.raises(DeclarationError, match="must say where it acts, but got no `after`"):
+        kind()
+
+
+@pytest.mark.parametrize("name", declared_of(Augmentation))
+def test_an_augmentation_of_a_kind_is_declared_once(name):
+    again = replace(KINDS[name].declaration, name="again")
+    with pytest.raises(DeclarationError, match="images can have one augmentation of a kind"):
+        KINDS[name].convert(again)
