@@ -138,8 +138,9 @@ def _seen(
     if model.tunables.swapped or model.tunables.functions:
         # Perturbed by nought, because only perturbed passes watch the calls of other code.
         nowhere = torch.zeros_like(model.hyperparameters.unconstrained).expand(batch, -1)
+    values = model.hyperparameters.current  # in eval mode noise lets all pass, but is called
     with _recorded(sites) as seen:
-        model._graph(*args, **kwargs, response_input=nowhere)
+        model._graph(*args, **kwargs, response_input=nowhere, constrained=values)
     return seen
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stnify import AttentionDropout, DeclarationError, EmbeddingDropout, stnify, testing
+from stnify.rows import RowLayout
 
 RATE = 0.4
 
@@ -110,6 +111,15 @@ def test_eval_mode_is_the_original():
 )
 def test_the_converted_model_keeps_its_promises(assertion):
     assertion(Reader(), words(), [AttentionDropout(init=RATE)])
+
+
+def test_rows_of_attention_weights_are_measured():
+    stn = stnify(Reader(), [AttentionDropout()], example_inputs=words())
+    assert {noise.layout for noise in stn.model.tunables.noises.values()} == {RowLayout.BATCH}
+    assert {layer.layout for layer in stn.model.hyper_layers.values()} == {
+        RowLayout.BATCH,
+        RowLayout.SECOND,
+    }
 
 
 def test_functions_are_taken_over_too():
