@@ -70,7 +70,8 @@ def response_step(
         forward: Compiled stand-in for the forward function.
         buffers: Tensors to overwrite with the gradients, by parameter; fresh ones by default.
     """
-    forward = forward or (linearized_forward if linearized else perturbed_forward)
+    eager = linearized_forward if linearized else perturbed_forward
+    forwards = forward or eager, eager
     parameters = model.response_parameters()
     sizes = [_part(_examples(batch), fraction) for batch in batches]
     losses: list[Tensor] = []
@@ -79,7 +80,7 @@ def response_step(
             share = size / max(sum(sizes), 1)
             batch = first_rows(to_device(batch, model), size)
             perturbation = training_perturbation(model.hyperparameters, size)
-            with _running(model, forward, perturbation, perturbation.constrained):
+            with _running(model, forwards, perturbation, perturbation.constrained):
                 loss = objective.training(model, batch)
             torch.autograd.backward(share * loss, inputs=list(parameters.values()))
             objective.add_decay_gradients(model, perturbation, share)
@@ -118,14 +119,14 @@ def validation_step(
         The loss without the entropy term, and gradients ``"unconstrained"`` and ``"raw_scale"``.
     """
     space = model.hyperparameters
-    forward = forward or perturbed_forward
+    forwards = forward or perturbed_forward, perturbed_forward
     batch = to_device(batch, model)
     direct = [space.index(site.column) for site in objective.losses if site.at_validation]
     examples = _examples(batch)
     perturbation = validation_perturbation(space, examples, centred=centred, detached=direct)
     drawn = Drawn.by(perturbation, space, centred)
     read = drawn.constrained if direct else None
-    with model.evaluating(), _running(model, forward, perturbation, read):
+    with model.evaluating(), _running(model, forwards, perturbation, read):
         loss = objective.validation(model, batch)
     minimised = loss - entropy_weight * space.entropy()
     if direct and baseline is not None:
@@ -154,9 +155,15 @@ def _gradients_taken(
 
 
 def _running(
-    model: TunableModule, forward: Forward, perturbation: Perturbation, read: Tensor | None
+    model: TunableModule,
+    forwards: tuple[Forward, Forward],
+    perturbation: Perturbation,
+    read: Tensor | None,
 ) -> AbstractContextManager[None]:
-    """Return a context in which the model predicts perturbed, and losses read ``read``."""
+    """Return a context in which the model predicts perturbed, and losses read ``read``.
+
+    ``forwards`` are the ordinary one, which may be compiled, and the one for passes set aside.
+    """
     rows = len(perturbation.response_input)
 
     def chosen(graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -168,7 +175,7 @@ def _running(
                 f"views into the batch."
             )
         args, kwargs = model.tunables.augmented(args, kwargs, perturbation.constrained)
-        outputs = forward(graph, args, kwargs, perturbation)
+        outputs = forwards[model.tunables.eager](graph, args, kwargs, perturbation)
         if not any(isinstance(leaf, Tensor) for leaf in leaves(outputs)):
             raise ShapeError(
                 f"the model must return tensors, or tuples, lists, dictionaries or dataclasses of "

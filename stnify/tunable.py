@@ -50,6 +50,7 @@ class Tunables(nn.Module):
         weight_noises: Noise on weights.
         augment: Augmentations of the model's first input, if there are any.
         mixing: Whom each example of the latest augmented batch was mixed with, if any.
+        eager: Whether passes run as they are, although they are compiled.
         fixed: Noise nobody tunes, as modules that follow ``train()`` and ``eval()``.
         functions: Functions that are called as they are.
         swapped: Modules that are rewritten from the inside.
@@ -66,6 +67,7 @@ class Tunables(nn.Module):
         self.weight_noises = nn.ModuleList()
         self.augment: Augment | None = None
         self.mixing: Mixing | None = None
+        self.eager = False
         self.fixed = nn.ModuleDict()
         self.functions = nn.ModuleDict()
         self.swapped = nn.ModuleDict()
@@ -104,8 +106,11 @@ class Tunables(nn.Module):
         images = args[0] if name is None else kwargs[name]
         if not torch.compiler.is_compiling():
             self.augment.check(images)
-        mixed = self.augment(images, constrained)
-        self.mixing = None if mixed.partner is None else Mixing(mixed.partner, mixed.share)
+        augment = self.augment.forward if self.eager else self.augment
+        mixed = augment(images, constrained)
+        self.mixing = None
+        if mixed.partner is not None and mixed.share is not None:
+            self.mixing = Mixing(mixed.partner, mixed.share)
         if name is None:
             return (mixed.images, *args[1:]), kwargs
         return args, {**kwargs, name: mixed.images}
@@ -328,14 +333,18 @@ class TunableModule(nn.Module):
     def _run(self, chosen: Pass | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if chosen is not None:
             # A step compiles its whole forward; an ordinary pass compiles the graph.
-            graph = self._graph if self._running else self._compiled.get("general", self._graph)
+            graph = self._graph if self._running else self._general_graph()
             return chosen(graph, args, kwargs)
-        graph = self._compiled.get("general", self._graph)
+        graph = self._general_graph()
         constrained = self.hyperparameters.current
         with self._noise_stream():
             args, kwargs = self.tunables.augmented(args, kwargs, constrained)
             with self.tunables.weights_disturbed(self._graph, constrained):
                 return graph(*args, **kwargs, constrained=constrained)
+
+    def _general_graph(self) -> Callable[..., Any]:
+        compiled = None if self.tunables.eager else self._compiled.get("general")
+        return self._graph if compiled is None else compiled
 
     def call_before_training(self, function: Callable[[], None]) -> None:
         """Call ``function`` before every pass of the user's own that may be differentiated."""
@@ -440,7 +449,8 @@ class TunableModule(nn.Module):
     def set_aside(self) -> Iterator[None]:
         """Let the body predict without a trace: on copies of buffers, from stnify's own stream.
 
-        Perturbations are those of the pass before.
+        Perturbations are those of the pass before. Compiled code is not used: it cannot be
+        differentiated twice.
         """
         repeating = getattr(self._training_pass, "repeating", nullcontext)
         holders = [module for module in self._original.modules() if module._buffers]
@@ -448,10 +458,12 @@ class TunableModule(nn.Module):
         for module in holders:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.clone()
+        self.tunables.eager = True
         try:
             with repeating(), nullcontext() if self._running else self._stream.active():
                 yield
         finally:
+            self.tunables.eager = False
             self.tunables.forget_records()
             for module, buffers in zip(holders, before, strict=True):
                 module._buffers.update(buffers)

@@ -7,9 +7,18 @@ import timm
 import torch
 from torch import nn
 
-from stnify import Brightness, Dropout, HorizontalFlip, ShapeError, WeightDecay, stnify
+from stnify import (
+    Brightness,
+    Dropout,
+    HorizontalFlip,
+    JacobianPenalty,
+    ShapeError,
+    WeightDecay,
+    stnify,
+)
 from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.perturb import Perturbation, training_perturbation
+from tests.cases import convert, perceptron
 
 MODELS = {
     "perceptron": lambda: nn.Sequential(
@@ -211,4 +220,18 @@ def test_augmentations_compile_and_still_refuse_other_units():
     for eager, fast in found.values():
         assert eager.shape == fast.shape == (4, 4)
         assert torch.stack([eager, fast]).isfinite().all()
+    torch._dynamo.reset()
+
+
+def test_a_penalty_that_differentiates_runs_beside_compiled_passes():
+    """PyTorch cannot differentiate compiled code twice; the penalty's own pass is eager."""
+    torch._dynamo.reset()
+    steps = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        stn = convert(perceptron(), [JacobianPenalty(init=0.1)], compile=compiled)
+        steps[compiled] = [stn.step(batch) for batch in stn.train_loader]
+        assert not stn.model.tunables.eager
+    # Float32, summed in another order, over five steps.
+    assert steps[True] == pytest.approx(steps[False], rel=1e-4)
     torch._dynamo.reset()
