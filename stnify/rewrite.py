@@ -265,9 +265,20 @@ def _sharing(
 # Graph --------------------------------------------------------------------------------------------
 
 
+class GraphTracer(fx.Tracer):
+    """Traces a graph's own code, which is how graphs are unpickled, with all it does to buffers.
+
+    A plain tracer would compute with buffers on the spot and make constants of what comes out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = True
+
+
 def _copied(plan: Plan) -> tuple[fx.Graph, dict[str, fx.Node]]:
     """Copy the traced graph; return it and its nodes by their names in the plan."""
-    graph = fx.Graph()
+    graph = fx.Graph(tracer_cls=GraphTracer)
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(plan.traced.graph, copies))
     for node in graph.nodes:

@@ -6,10 +6,13 @@ import pickle
 import pytest
 import torch
 from cases import IDLE
-from torch import nn
-from zoo import ZOO, images
+from torch import Tensor, nn
+from torchvision.models import SwinTransformer
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
+from zoo import ZOO, images, timm_model
 
 from stnify import Dropout, WeightDecay, stnify
+from stnify.testing import assert_state_roundtrip
 
 DECAY = WeightDecay()
 
@@ -154,6 +157,88 @@ def test_deepcopy_and_pickle_are_whole_and_independent(name):
         assert torch.equal(stn.model(batch), expected)
         twin.train()
         assert twin(batch).shape == expected.shape
+
+
+class Tables(nn.Module):
+    """Computes with buffers and a tensor of its own, apart from its input; counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3 * 32 * 32, 5)
+        self.table = nn.Parameter(torch.randn(3))
+        self.register_buffer("index", torch.tensor([[0, 1], [2, 0]]))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls.add_(1)
+        steps = self.index.view(-1).sum() * torch.arange(5.0)
+        return self.linear(images.flatten(1)) + self.table[self.index.view(-1)].sum() * steps
+
+
+SMALL = {"depths": (1, 2), "embed_dim": 24, "num_heads": (2, 4)}
+TABLED = {
+    "own": Tables,
+    "timm swin": timm_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, **SMALL),
+    "timm swin v2": timm_model("swinv2_tiny_window8_256", img_size=32, window_size=4, **SMALL),
+    "timm vit with relative positions": timm_model(
+        "vit_relpos_small_patch16_224", img_size=32, depth=2
+    ),
+    "torchvision swin v2": lambda: SwinTransformer(
+        [4, 4],
+        24,
+        [1, 2],
+        [2, 4],
+        [4, 4],
+        num_classes=5,
+        block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+    ),
+}
+"""Models that compute with buffers alone."""
+
+
+@pytest.fixture(params=TABLED, name="tabled")
+def _tabled(request):
+    torch.manual_seed(0)
+    model = TABLED[request.param]()
+    with torch.no_grad():
+        for parameter in model.parameters():  # blocks that start at nought would hide their tables
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_compute_with_their_buffers_as_they_are_then(tabled, way):
+    model = stnify(tabled, [DECAY]).model.eval()
+    twin, batch = WAYS[way](model), images(2)
+    for (key, buffer), other in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(buffer, other), key
+    assert torch.equal(twin._graph(batch), model(batch))
+    tables = [buffer for buffer in twin.buffers() if buffer.dtype is torch.long and buffer.ndim]
+    for table in tables:
+        table.zero_()
+    changed = twin._graph(batch)
+    assert torch.equal(changed, twin(batch))
+    assert tables
+    assert not torch.allclose(changed, model(batch), atol=1e-3)
+
+
+def test_copies_run_what_changes_buffers_when_they_are_called_and_not_before():
+    model = stnify(Tables(), [DECAY]).model
+    for calls, copied in enumerate(WAYS.values()):
+        twin = copied(model)
+        assert twin.calls == calls
+        twin(images(2))
+        assert twin.calls == calls + 1
+        model(images(2))
+
+
+def test_the_state_of_a_swin_transformer_comes_back():
+    torch.manual_seed(0)
+    assert_state_roundtrip(TABLED["timm swin"](), images(2))
 
 
 def test_timm_attributes_are_proxied():
