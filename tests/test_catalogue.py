@@ -456,5 +456,5 @@ def test_a_penalty_on_activations_must_say_which(kind):
 @pytest.mark.parametrize("name", declared_of(Augmentation))
 def test_an_augmentation_of_a_kind_is_declared_once(name):
     again = replace(KINDS[name].declaration, name="again")
-    with pytest.raises(DeclarationError, match="images can have one augmentation of a kind"):
+    with pytest.raises(DeclarationError, match="one augmentation of"):
         KINDS[name].convert(again)

@@ -259,7 +259,7 @@ def test_predictions_that_are_no_tensor_are_refused(name):
 
     stn = stnify(Pair().double(), [MIXES[name]], criterion=lambda pair, target: pair[0].sum())
     prediction = stn.model(batch()[0])
-    with pytest.raises(ShapeError, match="must return one tensor for mixed targets, but returned"):
+    with pytest.raises(ShapeError, match="must return one tensor for"):
         stn.criterion(prediction, batch()[1])
 
 
@@ -274,7 +274,7 @@ def test_targets_that_cannot_be_mixed_are_refused(name):
 @pytest.mark.parametrize("kind", [Mixup, CutMix, HorizontalFlip, Hue])
 def test_two_augmentations_of_a_kind_are_refused(kind):
     declared = [kind(), kind(name="again")]
-    with pytest.raises(DeclarationError, match="images can have one augmentation of a kind"):
+    with pytest.raises(DeclarationError, match="one augmentation of"):
         converted(*declared)
 
 
