@@ -3,12 +3,13 @@
 PyTorch counts them while the passes run; there is no formula of our own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from stnify.errors import UnsupportedModuleError
@@ -106,6 +107,26 @@ def _plain_operators(layers: Iterable[HyperLayer]) -> Iterator[None]:
 
 def _counted(graph: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
     """Return the operations of ``run`` by module, as PyTorch names it."""
-    with FlopCounterMode(display=False) as counter:
+    with _ZerosInMemory(), FlopCounterMode(display=False) as counter:
         run()
     return {name: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
+
+
+class _ZerosInMemory(TorchDispatchMode):
+    """Gives memory to the zeros that stand for the tangents of constants.
+
+    PyTorch keeps none for them; beneath a counter, operators that scale such a tangent, like
+    ``torch.add`` with ``alpha`` or ``torch.addmm`` with ``beta``, would read it all the same.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func``, or make zeros in its place."""
+        if func is torch.ops.aten._efficientzerotensor.default:
+            func = torch.ops.aten.zeros.default
+        return func(*args, **(kwargs or {}))

@@ -1,6 +1,9 @@
 """Linearised and perturbed predictions against differences, torch.func and examples one by one."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -689,3 +692,72 @@ def test_an_operator_without_a_derivative_is_named_at_conversion(wrap, place):
     options = {"example_inputs": torch.randn(4, 3), "method": "centered"}
     stn = stnify.stnify(model, [WeightDecay()], **options)
     assert len(stn.plan.weights) == 2
+
+
+# Operators with some constant operands, counted ---------------------------------------------------
+
+SQUARE = normal(3, 3) + 3
+SCALED_CALLS = {
+    "add": lambda a, b, c: torch.add(a, b, alpha=2),
+    "add, of the class": lambda a, b, c: a.add(b, alpha=2),
+    "add, in place": lambda a, b, c: a.clone().add_(b, alpha=2),
+    "sub": lambda a, b, c: torch.sub(a, b, alpha=2),
+    "sub, in place": lambda a, b, c: a.clone().sub_(b, alpha=2),
+    "rsub": lambda a, b, c: torch.rsub(b, a, alpha=2),
+    "addcmul": lambda a, b, c: torch.addcmul(a, b, c, value=2),
+    "addcmul, in place": lambda a, b, c: a.clone().addcmul_(b, c, value=2),
+    "addcdiv": lambda a, b, c: torch.addcdiv(a, b, c, value=2),
+    "lerp": lambda a, b, c: torch.lerp(a, b, 0.3),
+    "lerp by a tensor": lambda a, b, c: torch.lerp(a, b, c),
+    "addmm": lambda a, b, c: torch.addmm(a, b, c, beta=2, alpha=3),
+    "addmv": lambda a, b, c: torch.addmv(a[0], b, c[0], beta=2, alpha=3),
+    "addr": lambda a, b, c: torch.addr(a, b[0], c[0], beta=2, alpha=3),
+    "addbmm": lambda a, b, c: torch.addbmm(a, b[None], c[None], beta=2, alpha=3),
+    "baddbmm": lambda a, b, c: torch.baddbmm(a[None], b[None], c[None], beta=2, alpha=3),
+    "ldexp": lambda a, b, c: torch.ldexp(a, b),
+    "index_add": lambda a, b, c: torch.index_add(a, 0, torch.arange(3), b, alpha=2),
+}
+PLACES = [[place for place in range(3) if chosen >> place & 1] for chosen in range(1, 8)]
+"""Which operands depend on the response."""
+
+
+class ScaledCalls(nn.Module):
+    """Sums all of them, with every choice of operands that come from a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found = self.linear(inputs)
+        table = found.mean(0) * SQUARE
+        for function in SCALED_CALLS.values():
+            for places in PLACES:
+                found = (
+                    found + function(*(table if i in places else SQUARE for i in range(3))).sum()
+                )
+        return found
+
+
+def count_scaled_calls() -> None:
+    torch.set_default_dtype(torch.float64)
+    stn = stnify.stnify(ScaledCalls(), [WeightDecay()], example_inputs=torch.randn(4, 3))
+    assert stn.plan.flops.after > stn.plan.flops.before > 0
+
+
+def test_operators_that_scale_the_tangent_of_a_constant_can_be_counted():
+    """In a process of its own, which PyTorch would end by a segmentation fault."""
+    code = "import test_linearize; test_linearize.count_scaled_calls()"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parent)
+    assert done.returncode == 0
+
+
+def test_operators_that_scale_the_tangent_of_a_constant_agree_with_differences():
+    inputs = torch.randn(BATCH, 3)
+    stn = converted(ScaledCalls(), inputs)
+    stn.model.eval()
+    drawn = perturbation(stn)
+    found = tangent(stn, inputs, drawn)
+    # Rounding of 1e-16 / 1e-6, amplified by sums of a few hundred terms.
+    assert relative_error(central_difference(stn, inputs, drawn, 1e-6), found) < 1e-6
+    assert relative_error(central_difference(stn, inputs, perturbation(stn), 1e-6), found) > 0.1
