@@ -1,13 +1,12 @@
 """10. Leave stnify: a plain module of the user's class, with nothing of stnify in it."""
 
 import copy
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stnify.errors import UsageError
-from stnify.tunable import TunableModule
+from stnify.tunable import TunableModule, intermediate_results
 
 
 def export(model: TunableModule) -> nn.Module:
@@ -16,14 +15,7 @@ def export(model: TunableModule) -> nn.Module:
     Its outputs in eval mode are those of the tunable model, bit for bit: the response is zero at
     the current hyperparameters. The copy is in the mode ``model`` is in.
     """
-    return copy.deepcopy(model._original, _intermediate_results(model._original))
-
-
-def _intermediate_results(model: nn.Module) -> dict[int, Any]:
-    """Return copies of tensors that forward code left on modules, which cannot be deep-copied."""
-    values = (value for module in model.modules() for value in vars(module).values())
-    left = [v for v in values if isinstance(v, Tensor) and not v.is_leaf]
-    return {id(value): value.detach().clone() for value in left}
+    return copy.deepcopy(model._original, intermediate_results(model._original))
 
 
 @torch.no_grad()

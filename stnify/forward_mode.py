@@ -239,6 +239,11 @@ def _normalize(
     return forward_ad.make_dual(normal.clone(), (tangent - normal * along) / length)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    others = None if dim == -1 else [other for other in range(v.ndim) if other != dim]
+    return v * (g / torch.linalg.vector_norm(v, 2, others, keepdim=dim != -1))
+
+
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(input + 3) / 6
 
@@ -258,6 +263,7 @@ FORWARD_MODE_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     # No forward-mode derivative in PyTorch.
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
     F.multi_head_attention_forward: _multi_head_attention,
+    torch._weight_norm: _weight_norm,
     # The derivative of PyTorch's rule is NaN for vectors of zeros, such as padding.
     F.normalize: _normalize,
     F.hardsigmoid: _hardsigmoid,

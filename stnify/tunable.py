@@ -4,6 +4,7 @@ In eval mode it *is* the user's model: the original ``forward`` runs. In train m
 at the current hyperparameters. Perturbed passes run the same graph, under ``running``.
 """
 
+import copy
 import inspect
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -237,6 +238,12 @@ class TunableModule(nn.Module):
 
     def __getitem__(self, key: Any) -> Any:
         return self._original[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TunableModule":
+        twin = memo[id(self)] = object.__new__(type(self))
+        memo.update(intermediate_results(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         passing: dict[str, Any] = {
@@ -478,6 +485,20 @@ class TunableModule(nn.Module):
             for buffer, value in before:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def intermediate_results(model: nn.Module) -> dict[int, Any]:
+    """Return copies of tensors that forward code left on modules, which cannot be deep-copied.
+
+    Args:
+        model: One whose code may do so, as the older ``torch.nn.utils.weight_norm`` does.
+
+    Returns:
+        A memo for ``copy.deepcopy``.
+    """
+    values = (value for module in model.modules() for value in vars(module).values())
+    left = [v for v in values if isinstance(v, Tensor) and not v.is_leaf]
+    return {id(value): value.detach().clone() for value in left}
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:

@@ -488,6 +488,12 @@ RULE_CASES = {
         ),
         "all dropped": (QUERIES, {"dropout_p": 1.0}),
     },
+    torch._weight_norm: {
+        "rows": ((normal(4, 5), normal(4, 1)), {}),
+        "columns": ((normal(4, 5), normal(1, 5)), {"dim": 1}),
+        "kernels": ((normal(4, 3, 2, 2), normal(4, 1, 1, 1)), {"dim": 0}),
+        "whole": ((normal(4, 5), normal(1)[0]), {"dim": -1}),
+    },
     F.hardsigmoid: {
         "plain": ((4 * normal(50),), {}),
         "in place": ((4 * normal(50),), {"inplace": True}),

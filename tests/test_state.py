@@ -1,8 +1,10 @@
 """One state dict holds a whole run: interrupted anywhere, it goes on to the same bits."""
 
+import copy
 import io
 import itertools
 import math
+import pickle
 from functools import cache
 
 import pytest
@@ -26,6 +28,7 @@ from torch.utils.data import DataLoader
 
 import stnify
 from stnify import Dropout, History, Hyperparameter, UsageError, WeightDecay
+from stnify.testing import assert_tangent_matches_differences
 
 STEPS = 9
 METHODS = ["delta", "centered", "stn", "fixed"]
@@ -321,3 +324,48 @@ def test_a_state_of_another_model_or_range_is_refused_and_nothing_is_loaded():
         assert same(other.state_dict(), before)
     with pytest.raises(UsageError, match=r"must come from `stn\.state_dict\(\)`, but lacks"):
         convert(perceptron(), [WeightDecay()]).load_state_dict({"model": {}})
+
+
+def test_restored_buffers_do_not_bring_back_old_values():
+    model = stnify.stnify(perceptron(0.2), [Dropout()]).model
+    model.hyperparameters.set_values({"dropout": 0.7})
+    with model.buffers_restored():
+        assert model.hyperparameters.current[0] == pytest.approx(0.7)
+    assert model.hyperparameters.current[0] == pytest.approx(0.7)
+
+
+# Norms of weights that leave the weight they computed on the module, as hooks of PyTorch's do -----
+
+HOOKS = {"weight": nn.utils.weight_norm, "spectral": nn.utils.spectral_norm}
+WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("affine", [False, True], ids=["matrices", "affine"])
+@pytest.mark.parametrize("norm", HOOKS)
+def test_models_whose_weights_are_normed_by_hooks_train_and_can_be_copied(norm, affine, way):
+    torch.manual_seed(0)
+    model = nn.Sequential(HOOKS[norm](nn.Linear(FEATURES, 5)), nn.Tanh(), nn.Linear(5, 4))
+    stn = convert(model, [WeightDecay()], affine=affine)
+    for batch in training_batches()[:3]:
+        stn.step(batch)
+    with pytest.raises(RuntimeError, match="Only Tensors created explicitly by the user"):
+        copy.deepcopy(model)
+    inputs, twin = torch.randn(4, FEATURES), WAYS[way](stn.model)
+    assert same(dict(twin.state_dict()), dict(stn.model.state_dict()))
+    assert torch.equal(twin.train()(inputs), stn.model.train()(inputs))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    assert not torch.equal(twin(inputs), stn.model(inputs))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("affine", [False, True], ids=["matrices", "affine"])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_tangents_of_weights_normed_by_hooks_agree_with_differences(affine, dim):
+    torch.manual_seed(0)
+    norm = nn.utils.weight_norm(nn.Linear(FEATURES, 5), dim=dim)
+    stn = convert(nn.Sequential(norm, nn.Tanh(), nn.Linear(5, 4)), [WeightDecay()], affine=affine)
+    assert_tangent_matches_differences(stn, torch.randn(4, FEATURES))
