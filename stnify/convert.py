@@ -28,6 +28,7 @@ from stnify.rewrite import rewrite
 from stnify.schedule import History
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
+from stnify.targets import has_classes
 from stnify.trace import trace
 from stnify.tunable import TunableModule
 from stnify.tuner import Tuner
@@ -165,7 +166,7 @@ def stnify(
         responds=chosen.response is not None or not chosen.centred,
         decays=_decays(model, optimizer),
     )
-    _refuse_terms(plan, forward_loss, chosen)
+    _refuse_terms(plan, criterion, forward_loss, chosen)
     device, dtype = _place(model)
     seed = torch.initial_seed() if seed is None else seed
     space = HyperparameterSpace(plan.columns, dtype, device)
@@ -224,13 +225,21 @@ def _method(name: str, schedule: History | None, jitter: Jitter | None) -> Metho
     return METHODS[name]
 
 
-def _refuse_terms(plan: Plan, forward_loss: object, method: Method) -> None:
+def _refuse_terms(
+    plan: Plan, criterion: Callable[..., Tensor] | None, forward_loss: object, method: Method
+) -> None:
     """Raise DeclarationError if something is declared that these arguments leave without effect."""
     absolute = [site.column for site in plan.decays if site.kind == "L1Penalty"]
     if absolute and not method.centred:
         raise DeclarationError(
             f"{absolute[0]!r} is taken to first order in the response, which must be centred, but "
             f'`method="stn"` has none that is. Use method="delta" or method="centered".'
+        )
+    smoothing = [site.column for site in plan.losses if site.kind == "LabelSmoothing"]
+    if smoothing and criterion is not None and not has_classes(criterion):
+        raise DeclarationError(
+            f"{smoothing[0]!r} spreads a target over classes of which one is right, but the "
+            f"criterion {criterion!r} has none. Leave LabelSmoothing out."
         )
     terms = [s.column for s in plan.losses if s.penalty is not None or s.kind != "Hyperparameter"]
     terms += [site.column for site in plan.augmentations if site.kind in MIXES]

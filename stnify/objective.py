@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stnify.augment import MIXES, mixed_targets
+from stnify.augment import MIXES
 from stnify.errors import ShapeError
-from stnify.penalties import confidence, jacobian, smoothed, temporal_change
+from stnify.penalties import confidence, jacobian, temporal_change
 from stnify.perturb import Perturbation
 from stnify.plan import DecaySite, LossSite
 from stnify.space import HyperparameterSpace
+from stnify.targets import at_targets
 from stnify.tunable import TunableModule
 
 
@@ -44,9 +45,6 @@ def _jacobian(model: nn.Module, batch: Any, value: Tensor) -> Tensor:
 def _unchanged(activations: Tensor) -> Tensor:
     return activations
 
-
-TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"LabelSmoothing": smoothed}
-"""Kind of loss term to what it makes of ``(target, prediction, value)``."""
 
 PREDICTIONS: dict[str, Callable[[Tensor], Tensor]] = {"ConfidencePenalty": confidence}
 """Kind of loss term to its penalty on predictions, ``(batch,)``."""
@@ -114,25 +112,28 @@ class Objective:
             ShapeError: The criterion does not return one number.
         """
         assert self.criterion is not None
-        space, mixing = model.hyperparameters, model.tunables.mixing
-        changing = [s.column for s in self.losses if s.kind in {*TARGETS, *PREDICTIONS}]
-        if (changing or mixing is not None) and not isinstance(prediction, Tensor):
+        space, tunables = model.hyperparameters, model.tunables
+        smoothing = [space[s.column] for s in self.losses if s.kind == "LabelSmoothing"]
+        acting = [s.column for s in self.losses if s.kind in {"LabelSmoothing", *PREDICTIONS}]
+        mixes = mixing_columns(space)
+        if not isinstance(prediction, Tensor) and (acting or mixes):
             raise ShapeError(
-                f"the model must return one tensor for {changing or 'mixed targets'}, but returned "
+                f"the model must return one tensor for {acting + mixes}, but returned "
                 f"{type(prediction).__name__}. Use `forward_loss` and act on its parts there."
             )
-        if mixing is not None:
-            classes = prediction.shape[1] if prediction.ndim > 1 else 1
-            target = mixed_targets(target, mixing.partner, mixing.share, classes)
-            space.read.update(mixing_columns(space))
-        for site in (site for site in self.losses if site.kind in TARGETS):
-            target = TARGETS[site.kind](target, prediction, space[site.column])
-        loss = _scalar(self.criterion(prediction, target), "criterion")
+        space.read.update(mixes)
+        if smoothing or mixes:
+            mixing = model.mixing_of(prediction)
+            value = smoothing[0] if smoothing else None
+            loss = at_targets(self.criterion, prediction, target, value, mixing)
+        else:
+            loss = self.criterion(prediction, target)
+        loss = _scalar(loss, "criterion")
         for site in (site for site in self.losses if site.kind in PREDICTIONS):
             loss = loss + (space[site.column] * PREDICTIONS[site.kind](prediction)).mean()
         for site in (site for site in self.losses if site.kind in ACTIVATIONS):
             value, act = space[site.column], partial(ACTIVATIONS[site.kind], **site.settings)
-            for recorder in (r for r in model.tunables.recorders if r.column == site.column):
+            for recorder in (r for r in tunables.recorders if r.column == site.column):
                 loss = loss + recorder.penalty(value, act)
         return loss
 

@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stnify.errors import ShapeError, UsageError
-from stnify.rows import RowLayout, gather_rows, trailing
+from stnify.rows import RowLayout, gather_rows
 
 
 class SquaredNormChange(Protocol):
@@ -48,35 +47,6 @@ def weight_decay(
         if name in responses:
             total = total + responses[name].squared_norm_change(general, response_input)
     return (0.5 * coefficient * total).mean()
-
-
-def as_probabilities(target: Tensor, prediction: Tensor) -> Tensor:
-    """Return class indices as probabilities over dimension 1 of ``prediction``; others as is.
-
-    Args:
-        target: ``(batch, ...)`` class indices, or anything of floating type.
-        prediction: Logits ``(batch, classes, ...)``.
-    """
-    if target.is_floating_point():
-        return target
-    classes = prediction.shape[1] if prediction.ndim > 1 else 1
-    spread = F.one_hot(target.clamp(min=0), classes).movedim(-1, 1)
-    known = (target >= 0).unsqueeze(1)  # what the criterion ignores stays without a class
-    return (spread * known).to(prediction.dtype)
-
-
-def smoothed(target: Tensor, prediction: Tensor, value: Tensor) -> Tensor:
-    """Spread a share of each target evenly over all classes.
-
-    Args:
-        target: Class indices ``(batch, ...)``, or probabilities ``(batch, classes, ...)``.
-        prediction: Logits ``(batch, classes, ...)``.
-        value: The share, ``()`` or ``(batch,)``.
-    """
-    probabilities = as_probabilities(target, prediction)
-    share = trailing(value, probabilities.ndim) if value.ndim else value
-    present = probabilities.sum(1, keepdim=True)
-    return (1 - share) * probabilities + share * present / probabilities.shape[1]
 
 
 def confidence(prediction: Tensor) -> Tensor:

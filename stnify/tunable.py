@@ -21,24 +21,16 @@ from stnify.penalties import Recorder
 from stnify.regularizers import weight_factors, weights_scaled
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
+from stnify.targets import Mixing
 
 PREFIX = "_stnify"
 """Name under which a tunable model keeps everything that is not the user's."""
 
+MIXING = "_stnify_mixing"
+"""Attribute of a prediction that says whom its examples were mixed with."""
+
 Pass = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 """``(graph, args, kwargs) -> prediction``: one way to run the graph."""
-
-
-class Mixing(NamedTuple):
-    """Whom each example of a batch was mixed with.
-
-    Attributes:
-        partner: ``(batch,)``, the row it was mixed with.
-        share: ``(batch,)``, what is left of its own.
-    """
-
-    partner: Tensor
-    share: Tensor
 
 
 class Tunables(nn.Module):
@@ -332,7 +324,10 @@ class TunableModule(nn.Module):
         if differentiable and self.training and self._inputs == ():
             self.__dict__["_inputs"] = (args, kwargs)
         try:
-            return self._run(chosen, args, kwargs)
+            outputs = self._run(chosen, args, kwargs)
+            if isinstance(outputs, Tensor):
+                vars(outputs)[MIXING] = self.tunables.mixing
+            return outputs
         except ValueError as error:
             _refuse_single_value(self, error)
             raise
@@ -352,6 +347,11 @@ class TunableModule(nn.Module):
     def _general_graph(self) -> Callable[..., Any]:
         compiled = None if self.tunables.eager else self._compiled.get("general")
         return self._graph if compiled is None else compiled
+
+    def mixing_of(self, prediction: Tensor) -> Mixing | None:
+        """Return whom the examples of a prediction were mixed with; of others, the latest's."""
+        mixing = vars(prediction).get(MIXING, self.tunables.mixing)
+        return cast(Mixing | None, mixing)
 
     def call_before_training(self, function: Callable[[], None]) -> None:
         """Call ``function`` before every pass of the user's own that may be differentiated."""
@@ -485,6 +485,7 @@ class TunableModule(nn.Module):
             for buffer, value in before:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+            self.hyperparameters.refresh()  # whose current values are a buffer
 
 
 def intermediate_results(model: nn.Module) -> dict[int, Any]:

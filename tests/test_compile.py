@@ -5,6 +5,7 @@ import warnings
 import pytest
 import timm
 import torch
+from cases import convert, perceptron
 from torch import nn
 
 from stnify import (
@@ -18,7 +19,6 @@ from stnify import (
 )
 from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.perturb import Perturbation, training_perturbation
-from tests.cases import convert, perceptron
 
 MODELS = {
     "perceptron": lambda: nn.Sequential(

@@ -184,7 +184,8 @@ def test_names_made_for_each_layer_must_be_free():
 
 
 def test_a_penalty_needs_a_criterion_rather_than_forward_loss():
-    with pytest.raises(DeclarationError, match=r"'idle' acts in `stn.criterion`.*which `forward_loss`"):
+    message = r"'idle' acts in `stn.criterion`.*which `forward_loss`"
+    with pytest.raises(DeclarationError, match=message):
         convert(perceptron(), [IDLE], forward_loss=lambda model, batch: torch.zeros(()))
 
 

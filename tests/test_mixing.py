@@ -267,7 +267,7 @@ def test_predictions_that_are_no_tensor_are_refused(name):
 def test_targets_that_cannot_be_mixed_are_refused(name):
     stn = converted(MIXES[name])
     prediction = stn.model(batch()[0])
-    with pytest.raises(ShapeError, match="class indices must be a vector to be mixed"):
+    with pytest.raises(ShapeError, match="class indices must be one for each prediction"):
         stn.criterion(prediction, torch.zeros(BATCH, 2, dtype=torch.long))
 
 

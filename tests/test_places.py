@@ -5,6 +5,7 @@ import warnings
 import pytest
 import timm
 import torch
+from cases import convert, perceptron
 from torch import nn
 
 from stnify import (
@@ -17,7 +18,6 @@ from stnify import (
     WeightDecay,
     stnify,
 )
-from tests.cases import convert, perceptron
 
 # Groups -------------------------------------------------------------------------------------------
 

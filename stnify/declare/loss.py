@@ -54,9 +54,9 @@ class Hyperparameter(LossTerm):
 class LabelSmoothing(LossTerm):
     """Tune the share of each target that is spread evenly over all classes.
 
-    ``stn.criterion`` turns class indices into probabilities, which the criterion must accept, as
-    ``F.cross_entropy`` does. Targets it ignores have none, but it then divides by all targets, and
-    class weights no longer by their sum. Source: Szegedy et al., CVPR 2016.
+    ``stn.criterion`` computes PyTorch's cross-entropy as its ``label_smoothing`` means it, with
+    class weights and ``ignore_index``. Any other criterion receives smoothed probabilities, which
+    it must accept. Source: Szegedy et al., CVPR 2016.
     """
 
     name: str = "label_smoothing"

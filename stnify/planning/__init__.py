@@ -8,7 +8,15 @@ from torch import nn
 
 from stnify.declare import Declaration, Pattern, refuse_duplicates
 from stnify.errors import DeclarationError, UnsupportedModuleError
-from stnify.plan import AugmentationSite, DecaySite, NoiseSite, Plan, ResponseKind, WeightNoiseSite
+from stnify.plan import (
+    AugmentationSite,
+    DecaySite,
+    LossSite,
+    NoiseSite,
+    Plan,
+    ResponseKind,
+    WeightNoiseSite,
+)
 from stnify.planning.declared import found_for
 from stnify.planning.modules import WEIGHT_MODULES
 from stnify.planning.weights import count_responses, weight_sites
@@ -60,7 +68,9 @@ def make_plan(
     disturbed = [site for part in found for site in part.weight_noises]
     refuse_duplicates(column.name for column in columns)
     _refuse_shared_places(noises)
-    _refuse_repeated([site for part in found for site in part.augmentations])
+    _refuse_repeated([site for part in found for site in part.augmentations], "augmentation")
+    terms = [site for part in found for site in part.losses]
+    _refuse_repeated([site for site in terms if site.kind == "LabelSmoothing"], "term")
     _refuse_shared_weights(decayed, "decay")
     _refuse_shared_weights(disturbed, "noise")
     return Plan(
@@ -90,12 +100,12 @@ def _refuse_shared_places(noises: Sequence[NoiseSite]) -> None:
         )
 
 
-def _refuse_repeated(augmentations: Sequence[AugmentationSite]) -> None:
-    kinds = Counter(site.kind for site in augmentations)
+def _refuse_repeated(sites: Sequence[AugmentationSite] | Sequence[LossSite], what: str) -> None:
+    kinds = Counter(site.kind for site in sites)
     for kind in (kind for kind, count in kinds.items() if count > 1):
         raise DeclarationError(
-            f"images can have one augmentation of a kind, but {kind} is declared as "
-            f"{[site.column for site in augmentations if site.kind == kind]}. Keep one of them."
+            f"there can be one {what} of a kind, but {kind} is declared as "
+            f"{[site.column for site in sites if site.kind == kind]}. Keep one of them."
         )
 
 
