@@ -9,25 +9,35 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Return ``value`` with every tensor in it replaced by what ``function`` returns for it."""
+def map_tensors(
+    function: Callable[[Any], Any], value: Any, whole: Callable[[Any], bool] | None = None
+) -> Any:
+    """Return ``value`` with every tensor in it replaced by what ``function`` returns for it.
+
+    Args:
+        function: Of a tensor, or of what is ``whole``.
+        value: Nested.
+        whole: Whether something that holds tensors is to be given to ``function`` itself.
+    """
 
     def change(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) or (whole is not None and whole(leaf)):
             return function(leaf)
         if isinstance(leaf, dict):  # of a type that PyTorch does not know
             changed = copy.copy(leaf)
-            changed.update({key: map_tensors(function, value) for key, value in leaf.items()})
+            changed.update(
+                {key: map_tensors(function, value, whole) for key, value in leaf.items()}
+            )
             return changed
         if not _is_record(leaf):
             return leaf
         changed = copy.copy(leaf)
         for field in fields(leaf):
-            mapped = map_tensors(function, getattr(leaf, field.name))
+            mapped = map_tensors(function, getattr(leaf, field.name), whole)
             object.__setattr__(changed, field.name, mapped)
         return changed
 
-    return tree_map(change, value)
+    return tree_map(change, value, is_leaf=whole)
 
 
 def leaves(value: Any) -> Iterator[Any]:

@@ -87,21 +87,30 @@ def trailing(values: Tensor, dims: int) -> Tensor:
     return values.reshape(*values.shape, *([1] * (dims - values.ndim)))
 
 
+CHANNELS = {1, 3, 4}
+"""First dimensions of a picture ``(c, h, w)``: grey, colour, colour and opacity."""
+
+
 def first_dimensions(inputs: object) -> list[int]:
     """Return the first dimension of every tensor in nested ``inputs``, scalars left out.
 
-    A list of dictionaries, as detection models take them, counts its entries.
+    A list of dictionaries, as detection models take them, counts its entries, and so does a list of
+    pictures ``(c, h, w)``. Tensors ``(batch, m, n)`` in a list look like pictures if the batch has
+    one, three or four examples, so their first dimensions are returned as well, behind. A tuple
+    never counts its entries.
     """
     match inputs:
         case Tensor():
             return [inputs.shape[0]] if inputs.ndim else []
         case Mapping():
             children = list(inputs.values())
-        case list() if _by_example(inputs):
+        case list() if _dictionaries(inputs):
             return [len(inputs)]
+        case list() if _pictures(inputs):
+            return [len(inputs)] * len(inputs) + [picture.shape[0] for picture in inputs]
         case list() | tuple():
-            if any(_by_example(child) for child in inputs):  # then images are a list as well
-                children = [child for child in inputs if _by_example(child)]
+            if any(_dictionaries(child) for child in inputs):  # then images are a list as well
+                children = [child for child in inputs if _dictionaries(child)]
             else:
                 children = list(inputs)
         case _ if is_dataclass(inputs):
@@ -111,14 +120,28 @@ def first_dimensions(inputs: object) -> list[int]:
     return [size for child in children for size in first_dimensions(child)]
 
 
-def _by_example(value: object) -> bool:
+def by_example(value: object, batch: int) -> bool:
+    """Whether ``value`` is a list that holds an entry for each of ``batch`` examples."""
+    listed = isinstance(value, list) and len(value) == batch
+    return listed and (_dictionaries(value) or _pictures(value))
+
+
+def _dictionaries(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) for v in value)
+
+
+def _pictures(value: object) -> bool:
+    if not isinstance(value, list) or not all(isinstance(v, Tensor) and v.ndim == 3 for v in value):
+        return False
+    channels = {picture.shape[0] for picture in value}
+    return len(channels) == 1 and channels <= CHANNELS
 
 
 def batch_size(inputs: object) -> int:
     """Return the commonest first dimension in nested ``inputs``, the earliest of equals; 0 if none.
 
-    So a mask or a table that comes with a batch does not count its examples.
+    So a mask or a table that comes with a batch does not count its examples, and pictures in a list
+    do unless the targets say otherwise.
     """
     sizes = first_dimensions(inputs)
     return Counter(sizes).most_common(1)[0][0] if sizes else 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from stnify.errors import TraceError
 from stnify.nested import leaves, map_tensors
-from stnify.rows import RowLayout, batch_size
+from stnify.rows import RowLayout, batch_size, by_example
 from stnify.streams import RandomStream
 from stnify.tunable import TunableModule
 from stnify.untouched import state_restored
@@ -182,29 +183,39 @@ def _first_examples(inputs: Any, full: int, count: int) -> Any:
     """Return inputs of ``count`` examples, repeating the batch if it has fewer."""
     chosen = torch.arange(count) % full
 
-    def pick(tensor: Tensor) -> Tensor:
-        batched = tensor.ndim > 0 and tensor.shape[0] == full
-        return tensor[chosen.to(tensor.device)] if batched else tensor
+    def pick(value: Any) -> Any:
+        if isinstance(value, list):
+            return [value[index] for index in chosen.tolist()]
+        batched = value.ndim > 0 and value.shape[0] == full
+        return value[chosen.to(value.device)] if batched else value
 
-    return map_tensors(pick, inputs)
+    return map_tensors(pick, inputs, partial(by_example, batch=full))
 
 
 def _with_one_changed(inputs: Any, batch: int, index: int) -> Any:
     """Change one example: new noise for real inputs, shifted entries for integers."""
 
-    def change(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 0 or tensor.shape[0] != batch:
-            return tensor
-        tensor = tensor.clone()
-        if tensor.is_floating_point():
-            spread = tensor.float().std(correction=0).clamp_min(1e-2).to(tensor.dtype)
-            tensor[index] += spread * torch.randn_like(tensor[index])
-        elif tensor.dtype is not torch.bool:
-            highest = tensor.max()
-            tensor[index] = torch.where(tensor[index] == highest, 0, highest)
-        return tensor
+    def change(value: Any) -> Any:
+        if isinstance(value, list):
+            entry = map_tensors(lambda tensor: _changed(tensor, ...), value[index])
+            return [*value[:index], entry, *value[index + 1 :]]
+        return _changed(value, index) if value.ndim and value.shape[0] == batch else value
 
-    return map_tensors(change, inputs)
+    return map_tensors(change, inputs, partial(by_example, batch=batch))
+
+
+def _changed(tensor: Tensor, index: Any) -> Tensor:
+    """Return a copy of ``tensor`` with other numbers at ``index``."""
+    if tensor.numel() == 0:
+        return tensor
+    tensor = tensor.clone()
+    if tensor.is_floating_point():
+        spread = tensor.float().std(correction=0).clamp_min(1e-2).to(tensor.dtype)
+        tensor[index] += spread * torch.randn_like(tensor[index])
+    elif tensor.dtype is not torch.bool:
+        highest = tensor.max()
+        tensor[index] = torch.where(tensor[index] == highest, 0, highest)
+    return tensor
 
 
 @contextmanager

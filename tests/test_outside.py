@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from stnify import STN, Dropout, Hyperparameter, WeightDecay, stnify
 from stnify.linearize import perturbed_forward
 from stnify.objective import Objective
 from stnify.perturb import Perturbation
-from stnify.rows import RowLayout
+from stnify.rows import RowLayout, batch_size, first_dimensions
 from stnify.step import validation_step
 
 # A decoder, as nanoGPT has it ---------------------------------------------------------------------
@@ -435,3 +437,127 @@ class Rows(torch.utils.data.Dataset):
         if isinstance(self.tensors, dict):
             return {name: tensor[row] for name, tensor in self.tensors.items()}
         return tuple(tensor[row] for tensor in self.tensors)
+
+
+# Lists: of pictures, an entry for each example, or of inputs --------------------------------------
+
+SIZES = [(40, 48), (56, 40), (48, 48)]
+PICTURES = [torch.rand(3, *size) for size in SIZES]
+BOXES = torch.tensor([[4.0, 5.0, 20.0, 22.0], [8.0, 8.0, 30.0, 31.0]])
+TARGETS = [{"boxes": BOXES[:n], "labels": torch.tensor([1, 2])[:n]} for n in (1, 2, 1)]
+COUNTED = {
+    "pictures": (PICTURES, 3),
+    "two pictures": (PICTURES[:2], 2),
+    "one picture": (PICTURES[:1], 1),
+    "pictures of one size": ([torch.rand(3, 8, 8)] * 5, 5),
+    "grey pictures, labelled": (([torch.rand(1, 8, 8)] * 2, torch.zeros(2)), 2),
+    "pictures and targets": ((PICTURES[:2], TARGETS[:2]), 2),
+    "two inputs": ([torch.rand(8, 5), torch.rand(8, 7)], 8),
+    "two sequences": ([torch.rand(8, 5, 2), torch.rand(8, 7, 2)], 8),
+    "two sequences of four, labelled": (([torch.rand(4, 5, 2)] * 2, torch.zeros(4)), 4),
+    "a tuple is inputs": (tuple(PICTURES[:2]), 3),
+    "two batches of pictures": ([torch.rand(4, 3, 8, 8), torch.rand(4, 3, 4, 4)], 4),
+    "nothing": ([], 0),
+}
+"""Inputs, and how many examples they hold."""
+
+
+@pytest.mark.parametrize(("inputs", "examples"), COUNTED.values(), ids=COUNTED)
+def test_lists_of_pictures_count_their_entries_and_lists_of_inputs_do_not(inputs, examples):
+    assert batch_size(inputs) == examples
+    assert batch_size((inputs, {"other": None})) == examples
+
+
+def test_sequences_that_look_like_pictures_are_counted_either_way():
+    assert set(first_dimensions([torch.rand(4, 5, 2), torch.rand(4, 7, 2)])) == {2, 4}
+
+
+class SmallBackbone(nn.Sequential):
+    out_channels = 8
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, stride=4, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+
+
+def faster_rcnn():
+    return detection.FasterRCNN(
+        SmallBackbone(),
+        num_classes=3,
+        min_size=48,
+        max_size=64,
+        rpn_anchor_generator=AnchorGenerator(((8, 16),), ((1.0,),)),
+        rpn_pre_nms_top_n_train=20,
+        rpn_post_nms_top_n_train=10,
+        box_batch_size_per_image=8,
+    )
+
+
+def ssdlite():
+    return detection.ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=3
+    )
+
+
+def detection_loss(model, batch):
+    return sum(model(*batch).values())
+
+
+DETECTIONS = [
+    *((faster_rcnn, {"roi_heads"}, count, given) for count in (2, 3) for given in (True, False)),
+    (ssdlite, set(), 3, True),
+]
+"""Each with what sees proposals of all pictures, which are not of one number for each."""
+
+
+@pytest.mark.parametrize(("build", "shared", "count", "with_targets"), DETECTIONS)
+def test_detectors_perturb_each_picture_by_itself(build, shared, count, with_targets):
+    torch.manual_seed(0)
+    model, batch = build(), (PICTURES[:count], TARGETS[:count])
+    stn = stnify(
+        model,
+        [WeightDecay()],
+        optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
+        forward_loss=detection_loss,
+        method="centered",
+        example_inputs=batch if with_targets else (batch[0],),
+    )
+    layouts = {site.name: site.layout for site in stn.plan.weights}
+    found = {place.split(".")[0] for place, layout in layouts.items() if layout != "batch"}
+    assert found == shared
+    assert layouts
+    assert stn.step(batch) > 0
+    assert stn.counters.skipped_responses == 0
+
+
+class Twins(nn.Module):
+    """Takes a list of two sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, both):
+        one, other = (self.inner(each).mean(1) for each in both)
+        return self.outer(one - other)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 8])
+def test_lists_of_inputs_are_perturbed_by_example(batch):
+    torch.manual_seed(0)
+    model = Twins()
+    stn = stnify(
+        model,
+        [WeightDecay()],
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=F.cross_entropy,
+        example_inputs=([torch.randn(8, 7, 6), torch.randn(8, 9, 6)],),
+    )
+    assert [site.layout for site in stn.plan.weights] == ["batch", "batch"]
+    sequences = [torch.randn(batch, 7, 6), torch.randn(batch, 9, 6)]
+    stn.step((sequences, torch.zeros(batch, dtype=torch.long)))
+    assert stn.counters.skipped_responses == 0
