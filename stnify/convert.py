@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,13 +14,13 @@ from stnify.augment import MIXES, Stats
 from stnify.bundle import STN
 from stnify.checks import refuse_arguments, refuse_distributed, refuse_empty, refuse_model
 from stnify.compiled import CompiledForward
-from stnify.declare import Declaration, Pattern, declarations
+from stnify.declare import Hyperparameters, Pattern, declarations
 from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, nearest
 from stnify.inventory import doubled, inventory
 from stnify.linearize import Forward, linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
 from stnify.methods import METHODS, Cadence, Method
-from stnify.objective import Objective
+from stnify.objective import PASSES, Objective
 from stnify.optimizer import STNOptimizer
 from stnify.plan import Plan, ResponseKind
 from stnify.planning import make_plan
@@ -42,7 +42,7 @@ SINUSOID_PERIOD = 1200
 
 def stnify(
     model: nn.Module,
-    hparams: Iterable[Declaration] | Mapping[str, float],
+    hparams: Hyperparameters,
     *,
     optimizer: Optimizer | None = None,
     criterion: Callable[..., Tensor] | None = None,
@@ -241,13 +241,22 @@ def _refuse_terms(
             f"{smoothing[0]!r} spreads a target over classes of which one is right, but the "
             f"criterion {criterion!r} has none. Leave LabelSmoothing out."
         )
-    terms = [s.column for s in plan.losses if s.penalty is not None or s.kind != "Hyperparameter"]
-    terms += [site.column for site in plan.augmentations if site.kind in MIXES]
-    if forward_loss is not None and terms:
+    if forward_loss is None:
+        return
+    passes = [s.column for s in plan.losses if s.penalty is not None or s.kind in PASSES]
+    if passes:
         raise DeclarationError(
-            f"{terms[0]!r} acts in `stn.criterion` (a `penalty` is added there), which "
+            f"{passes[0]!r} acts in `stn.criterion` (a `penalty` is added there), which "
             f"`forward_loss` replaces: declare a Hyperparameter and read "
             f"`stn.hyperparameters[name]` inside forward_loss instead."
+        )
+    terms = [site.column for site in plan.losses if site.kind != "Hyperparameter"]
+    terms += [site.column for site in plan.augmentations if site.kind in MIXES]
+    if terms and criterion is None:
+        raise DeclarationError(
+            f"{terms[0]!r} acts in `stn.criterion`, which needs `criterion=` beside "
+            f"`forward_loss=`: pass both, and let forward_loss call "
+            f"`stn.criterion(prediction, target)` with the tensor it is about."
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stnify.augment import MIXES
+from stnify.declare import Penalty
 from stnify.errors import ShapeError
 from stnify.penalties import confidence, jacobian, temporal_change
 from stnify.perturb import Perturbation
@@ -29,17 +30,44 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     return batch[0], batch[1]
 
 
-Penalty = Callable[[nn.Module, Any, Tensor], Tensor]
-"""``(model, batch, value) -> scalar or (batch,)``."""
-
-
 def mixing_columns(space: HyperparameterSpace) -> list[str]:
     """Return the hyperparameters that mix targets."""
     return [column.name for column in space.columns if column.kind in MIXES]
 
 
+MOVING = (
+    "CutMix",
+    "HorizontalFlip",
+    "RandAugment",
+    "Rotate",
+    "Scale",
+    "Shear",
+    "Translate",
+)
+"""Augmentations that move what is in an image."""
+
+
+def _refuse_places(space: HyperparameterSpace, target: Any) -> None:
+    """Raise ShapeError if images are moved about and their targets, class by pixel, are not."""
+    moving = [column.name for column in space.columns if column.kind in MOVING]
+    by_pixel = isinstance(target, Tensor) and target.ndim > 2
+    if moving and by_pixel:
+        raise ShapeError(
+            f"targets for each pixel must go where the pixels go, but {moving[0]!r} moves images "
+            f"and leaves targets of shape {tuple(target.shape)} where they are. Leave it out; "
+            f"colours, noise and cutout can stay."
+        )
+
+
 def _jacobian(model: nn.Module, batch: Any, value: Tensor) -> Tensor:
-    return value * jacobian(model, batch[0])
+    inputs = batch[0]
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        found = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ShapeError(
+            f"a Jacobian needs inputs to differentiate in, one tensor of real numbers, but they "
+            f"are {found}. Leave JacobianPenalty out, or convert the inputs before."
+        )
+    return value * jacobian(model, inputs)
 
 
 def _unchanged(activations: Tensor) -> Tensor:
@@ -119,9 +147,11 @@ class Objective:
         if not isinstance(prediction, Tensor) and (acting or mixes):
             raise ShapeError(
                 f"the model must return one tensor for {acting + mixes}, but returned "
-                f"{type(prediction).__name__}. Use `forward_loss` and act on its parts there."
+                f"{type(prediction).__name__}. Pass `forward_loss=` as well, which calls "
+                f"`stn.criterion` with the part they are about."
             )
         space.read.update(mixes)
+        _refuse_places(space, target)
         if smoothing or mixes:
             mixing = model.mixing_of(prediction)
             value = smoothing[0] if smoothing else None

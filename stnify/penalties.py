@@ -54,7 +54,15 @@ def confidence(prediction: Tensor) -> Tensor:
 
     Args:
         prediction: Logits ``(batch, classes, ...)``; other dimensions are averaged.
+
+    Raises:
+        ShapeError: There are no two classes.
     """
+    if prediction.ndim < 2 or prediction.shape[1] < 2:
+        raise ShapeError(
+            f"the confidence penalty needs logits (batch, classes, ...) of two classes or more, "
+            f"but the prediction has the shape {tuple(prediction.shape)}."
+        )
     entropy = -(prediction.softmax(1) * prediction.log_softmax(1)).sum(1)
     return -entropy.reshape(len(entropy), -1).mean(1)
 

@@ -38,6 +38,7 @@ from stnify.regularizers import (
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
 from stnify.swap import SwappedFunction, SwappedModule, WeightUse
+from stnify.trace import caller
 from stnify.tunable import PREFIX, TunableModule, Tunables, Use, WholeFunction, insert
 
 
@@ -126,11 +127,12 @@ def rewrite(
     for site in plan.noises:
         module = NOISES[site.kind](space.index(site.column), site)
         key = insert(tunables.noises, site.name, module)
+        tunables.follow(module, _nearest(model, site.name))
         if site.inside is None:
             _place_noise(copy, nodes, site, f"{PREFIX}.noises.{key}", inputs["constrained"])
         else:
             swaps.noises.setdefault(site.inside, {})[site.name] = module
-    _keep_modes(copy, tunables)
+    _keep_modes(copy, model, tunables)
     uses: dict[str, list[Use]] = {}
     watched: dict[str, list[WeightSite]] = {}
     for call in plan.weights:
@@ -148,13 +150,24 @@ def rewrite(
         _watch(copy, nodes, name, [(call, layers[call.node]) for call in calls], tunables, inputs)
     for noise in plan.weight_noises:
         sharing = _sharing(model, tunables, noise, uses)
-        tunables.weight_noises.append(TunedDropConnect(space.index(noise.column), sharing))
+        for weight, names in sharing.items():  # each follows the mode of its own module
+            module = TunedDropConnect(space.index(noise.column), {weight: names})
+            tunables.weight_noises.append(module)
+            tunables.follow(module, _nearest(model, weight))
     _keep_whole(copy, plan, tunables)
     swaps.place(copy, tunables, inputs)
     shell = TunableModule(model, tunables, stream, uses, plan.traced.fixed, plan.traced.through)
     copy.lint()
     shell.attach(fx.GraphModule(shell, copy, class_name=type(model).__name__))
     return shell
+
+
+def _nearest(model: nn.Module, name: str) -> nn.Module:
+    """Return the module of this name, or the innermost one that the name lies in."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    return modules[name]
 
 
 def _augment(plan: Plan, space: HyperparameterSpace, stats: Stats | None) -> Augment | None:
@@ -347,7 +360,7 @@ def _after(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:
     return set(order[order.index(node) + 1 :])
 
 
-def _keep_modes(graph: fx.Graph, tunables: Tunables) -> None:
+def _keep_modes(graph: fx.Graph, model: nn.Module, tunables: Tunables) -> None:
     """Replace functions traced with a training flag by modules that look at their own."""
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -368,6 +381,7 @@ def _keep_modes(graph: fx.Graph, tunables: Tunables) -> None:
         else:
             continue
         target = f"{PREFIX}.fixed.{insert(tunables.fixed, node.name, module)}"
+        tunables.follow(module, _nearest(model, caller(node)))
         with graph.inserting_before(node):
             fixed = graph.call_module(target, *call)
         node.replace_all_uses_with(fixed)

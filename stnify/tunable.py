@@ -44,6 +44,7 @@ class Tunables(nn.Module):
         augment: Augmentations of the model's first input, if there are any.
         mixing: Whom each example of the latest augmented batch was mixed with, if any.
         eager: Whether passes run as they are, although they are compiled.
+        followed: What was added, and the user's module whose mode it follows.
         fixed: Noise nobody tunes, as modules that follow ``train()`` and ``eval()``.
         functions: Functions that are called as they are.
         swapped: Modules that are rewritten from the inside.
@@ -61,6 +62,7 @@ class Tunables(nn.Module):
         self.augment: Augment | None = None
         self.mixing: Mixing | None = None
         self.eager = False
+        self.__dict__["followed"] = []  # the user's modules are registered where they were
         self.fixed = nn.ModuleDict()
         self.functions = nn.ModuleDict()
         self.swapped = nn.ModuleDict()
@@ -70,6 +72,15 @@ class Tunables(nn.Module):
     def recorders(self) -> list[Recorder]:
         """Sites that keep activations for a penalty."""
         return [site for site in self.noises.values() if isinstance(site, Recorder)]
+
+    def follow(self, added: nn.Module, followed: nn.Module) -> None:
+        """Let what is added be off in training wherever the user puts that module in eval mode."""
+        self.__dict__["followed"].append((added, followed))
+
+    def follow_modes(self) -> None:
+        """Put everything that was added in the mode of the module it follows."""
+        for added, followed in self.__dict__["followed"]:
+            added.training = followed.training
 
     def forget_records(self) -> None:
         """Let go of activations kept."""
@@ -321,11 +332,13 @@ class TunableModule(nn.Module):
         if chosen is None and not self.training:
             return self._compiled.get("evaluation", self._original)(*args, **kwargs)
         self._refuse_other_arguments(args, kwargs)
+        if self.training and not torch.compiler.is_compiling():
+            self.tunables.follow_modes()
         if differentiable and self.training and self._inputs == ():
             self.__dict__["_inputs"] = (args, kwargs)
         try:
             outputs = self._run(chosen, args, kwargs)
-            if isinstance(outputs, Tensor):
+            if isinstance(outputs, Tensor) and not torch.compiler.is_compiling():
                 vars(outputs)[MIXING] = self.tunables.mixing
             return outputs
         except ValueError as error:

@@ -199,6 +199,15 @@ class Tuner:
     def verify(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Prove the conversion on these inputs, once, and count what it costs."""
         self.layouts = verify(self.model, args, kwargs)
+        idle = [name for name, word in self.layouts.items() if "never called" in word]
+        idle = [name.removeprefix("noises.") for name in idle if name.startswith("noises.")]
+        if idle:
+            warnings.warn(
+                f"tuned noise at {idle} has no effect, because the model never calls what it "
+                f"replaces: its code uses the rate by itself. Take it out by `exclude`, and set "
+                f"the rate there to 0 or keep it as it is.",
+                stacklevel=2,
+            )
         linearized = self.method.response == "linearized"
         self.flops = count_flops(self.model, args, kwargs, linearized=linearized)
         self.verify_inputs = False

@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "space",
         "streams",
         "swap",
+        "trace",
         "tunable",
     },
     "verify": {"errors", "nested", "rows", "streams", "tunable", "untouched"},
@@ -79,6 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "uncentred": {"penalties", "perturb", "plan", "rows", "space", "streams", "tunable"},
     "objective": {
         "augment",
+        "declare",
         "errors",
         "penalties",
         "perturb",

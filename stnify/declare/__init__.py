@@ -93,6 +93,7 @@ __all__ = [
     "HorizontalFlip",
     "Hue",
     "Hyperparameter",
+    "Hyperparameters",
     "JacobianPenalty",
     "L1Penalty",
     "LabelSmoothing",
@@ -151,12 +152,14 @@ KINDS: dict[str, type[Declaration]] = {
 """The dict shorthand: ``{"dropout": 0.1}`` means ``Dropout(init=0.1)``."""
 
 OUTER = {"lr", "learning_rate", "momentum", "beta1", "beta2", "betas", "batch_size", "epochs"}
-"""Names of what belongs to the optimization, not to the training loss."""
+"""Names, and last parts of names, of what belongs to the optimization, not to the training loss."""
 
 
-def declarations(
-    hparams: Iterable[Declaration | Group] | Mapping[str, float],
-) -> tuple[Declaration, ...]:
+Hyperparameters = Iterable[Declaration | Group] | Declaration | Group | Mapping[str, float]
+"""What can be declared: several, one, or the dict shorthand."""
+
+
+def declarations(hparams: Hyperparameters) -> tuple[Declaration, ...]:
     """Read a list of declarations and groups of them, or the dict shorthand.
 
     Raises:
@@ -203,7 +206,8 @@ def refuse_duplicates(names: Iterable[str]) -> None:
 
 def _refuse_outer(name: str) -> None:
     """Raise DeclarationError if a name is that of a number of the optimization."""
-    if name in OUTER:
+    plain = name.lower().replace("-", "_")
+    if any(plain == outer or plain.endswith(f"_{outer}") for outer in OUTER):
         raise DeclarationError(
             f"a hyperparameter must change the training loss whose minimum the weights follow, but "
             f"{name!r} only changes how the minimum is reached: the best response to it is the "

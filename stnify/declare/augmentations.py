@@ -176,8 +176,9 @@ class HorizontalFlip(_Probability):
 class Mixup(_Strength):
     """Tune how far examples and targets are mixed in pairs.
 
-    XX
-        must accept. Source: Zhang et al., ICLR 2018.
+    Each example keeps the larger share of a draw from ``Beta(value, value)``. Targets are mixed by
+    ``stn.criterion``: of PyTorch's cross-entropy the loss is mixed, any other criterion receives
+    mixed targets, which are probabilities for class indices. Source: Zhang et al., ICLR 2018.
     """
 
     name: str = "mixup"

@@ -15,7 +15,9 @@ class WeightDecay(Decay):
     It covers trainable weights of two or more dimensions, except those the model lists in
     ``no_weight_decay()``. It is the gradient of the penalty that enters the optimizer, as in
     ``torch.optim.SGD``; the optimizer's own ``weight_decay`` is switched off for groups that hold
-    covered weights, also if it is decoupled as in ``AdamW``. Source: [DeltaSTN] Eqs. G.1, H.1.
+    covered weights, for whatever else is in them too. With ``AdamW`` tuned decay is not decoupled:
+    it goes through Adam's scaling, as in ``Adam(weight_decay=...)``, so that a coefficient taken
+    from ``AdamW`` means something else. Source: [DeltaSTN] Eqs. G.1, H.1.
     """
 
     name: str = "weight_decay"

@@ -117,11 +117,12 @@ class DropPath(_Rate):
     Without ``at`` or ``after`` it takes over timm's ``DropPath`` and torchvision's
     ``StochasticDepth``; in a model that calls none it is put on every residual branch, as
     ``at="residual"`` does in any case; then ``exclude`` and ``per_layer`` go by the name of the
-    branch in the plan. Source: Huang et al., ECCV 2016.
+    branch in the plan. What is kept is scaled by ``1 / (1 - rate)``, also where timm's
+    ``scale_by_keep=False`` did not. Source: Huang et al., ECCV 2016.
 
     Attributes:
-        by_depth: Let the rate grow linearly with depth, from zero at the first branch to the
-            hyperparameter at the last, as timm and torchvision do.
+        by_depth: Let the rate grow with depth, up to the hyperparameter at the last place: evenly
+            from zero at the first branch, or in the ratios of the rates that the model has.
     """
 
     name: str = "drop_path"

@@ -70,8 +70,8 @@ def _weights_by_column(
     }
     candidates = {n: m for n, m in candidates.items() if not getattr(m, "sparse", False)}
     purpose = f"`at` of {declaration.name!r}"
-    chosen = require(_chosen(declaration.at, candidates), declaration.at, candidates, purpose)
-    excluded = set(_chosen(declaration.exclude, candidates))
+    chosen = _chosen_each(declaration.at, candidates, purpose)
+    excluded = set(_chosen_each(declaration.exclude, candidates, f"`exclude` of {purpose}"))
     kept = [name for name in chosen if name not in excluded]
     require(kept, declaration.exclude, chosen, f"{purpose} less `exclude`")
     held = {name: candidates[name] for name in kept}
@@ -86,6 +86,19 @@ def _start(declaration: Decay, own: Sequence[float]) -> float:
     """Return the mean of the optimizer's own decays if it lies in the range, else the default."""
     mean, (low, high) = sum(own) / len(own), declaration.range
     return mean if low < mean < high else declaration.default_init
+
+
+def _chosen_each(
+    patterns: Pattern, weights: Mapping[str, nn.Module | None], purpose: str
+) -> list[str]:
+    """Choose weights; every single pattern must match one.
+
+    Raises:
+        DeclarationError: One matches nothing.
+    """
+    for pattern in [patterns] if isinstance(patterns, str | type) else patterns:
+        require(_chosen(pattern, weights), pattern, weights, purpose)
+    return _chosen(patterns, weights)
 
 
 def _chosen(patterns: Pattern, weights: Mapping[str, nn.Module | None]) -> list[str]:

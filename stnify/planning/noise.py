@@ -113,7 +113,7 @@ def noise_sites(
         for name, members in by_column.items()
     ]
     settings = dict(declaration.settings())
-    factors = _factors(len(places)) if settings.pop("by_depth", False) else [1.0] * len(places)
+    factors = _factors(places) if settings.pop("by_depth", False) else [1.0] * len(places)
     factor_of = dict(zip([(place.node, place.last) for place in places], factors, strict=True))
     sites = [
         NoiseSite(
@@ -146,17 +146,28 @@ def _places(model: nn.Module, traced: Traced, declaration: Site) -> list[_Place]
     return _existing_places(model, places, declaration)
 
 
-def _factors(count: int) -> list[float]:
-    """Return what the rate is multiplied by along the depth, from zero to one."""
-    return [index / (count - 1) for index in range(count)] if count > 1 else [1.0]
+def _factors(places: Sequence[_Place]) -> list[float]:
+    """Return what the rate is multiplied by along the depth, up to one at the last place.
+
+    Rates that the model has keep their ratios; else they grow evenly from zero.
+    """
+    rates = [place.rate or 0.0 for place in places]
+    if any(rates):
+        return [rate / max(rates) for rate in rates]
+    return [index / (len(places) - 1) for index in range(len(places))] if len(places) > 1 else [1.0]
 
 
 def _start(declaration: Site, places: Sequence[_Place]) -> float:
-    """Return the mean of the model's own rates if it lies in the range, else the default."""
+    """Return what the model's own rates say if it lies in the range, else the default.
+
+    It is their mean, or the largest if the rate grows with depth.
+    """
     rates = [place.rate for place in places if place.rate is not None]
-    mean = sum(rates) / len(rates) if rates else declaration.default_init
+    own = sum(rates) / len(rates) if rates else declaration.default_init
+    if rates and declaration.settings().get("by_depth"):
+        own = max(rates)
     low, high = declaration.range
-    return mean if low < mean < high else declaration.default_init
+    return own if low < own < high else declaration.default_init
 
 
 # Insertion ----------------------------------------------------------------------------------------
@@ -281,7 +292,7 @@ def _existing_places(model: nn.Module, places: Sequence[_Place], declaration: Si
         insert = 'Insert some with `after=PATTERN` or `at="input"`.'
         raise DeclarationError(
             f"{declaration.name!r} takes over existing modules ({kinds or 'none'}), but "
-            f"{type(model).__name__} calls none. "
+            f"{type(model).__name__} calls none where they can be replaced. "
             f"{insert if declaration.insertable else 'Leave it out.'}"
         )
     patterns: Pattern = "**" if declaration.at is None else declaration.at
@@ -292,7 +303,7 @@ def _existing_places(model: nn.Module, places: Sequence[_Place], declaration: Si
 def _existing(model: nn.Module, node: fx.Node, kind: type[Site]) -> Iterator[_Place]:
     """Yield the places at one node where the model has noise of this kind."""
     functions = EXISTING_FUNCTIONS.get(kind, {})
-    if node.op == "call_function" and node.target in functions:
+    if node.op == "call_function" and node.target in functions and not _is_off(node):
         rates = [node.kwargs[name] for name in RATE_NAMES if name in node.kwargs]
         if not rates and kind is not AttentionDropout:
             rates = list(node.args[1:2])
@@ -313,6 +324,13 @@ def _existing(model: nn.Module, node: fx.Node, kind: type[Site]) -> Iterator[_Pl
             if found is not None and kind is not EmbeddingDropout:
                 where = f"{node.name}:{inner}"
                 yield replace(found, name=inner, node=where, last=where, inside=name)
+
+
+def _is_off(node: fx.Node) -> bool:
+    """Whether a call of a dropout function says ``training=False`` in any mode."""
+    names = ("input", "p", "training")
+    arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return arguments.get("training") is False
 
 
 def _noise_of(module: nn.Module, kind: type[Site]) -> _Place | None:
