@@ -6,6 +6,7 @@ The general step is the user's own ``loss.backward()`` and ``optimizer.step()``.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from stnify.perturb import (
     training_perturbation,
     validation_perturbation,
 )
-from stnify.rows import batch_size, first_dimensions
+from stnify.rows import batch_size, by_example, first_dimensions
 from stnify.tunable import TunableModule
 
 
@@ -195,15 +196,17 @@ def to_device(batch: Any, model: TunableModule) -> Any:
 
 
 def first_rows(batch: Any, size: int) -> Any:
-    """Keep the first ``size`` examples of every tensor that has the batch dimension."""
+    """Keep the first ``size`` examples of every tensor with the batch dimension, and every list."""
     full = batch_size(batch)
     if size >= full:
         return batch
 
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor[:size] if tensor.ndim and tensor.shape[0] == full else tensor
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and not (value.ndim and value.shape[0] == full):
+            return value
+        return value[:size]
 
-    return map_tensors(cut, batch)
+    return map_tensors(cut, batch, partial(by_example, batch=full))
 
 
 def _examples(batch: Any) -> int:

@@ -142,6 +142,8 @@ class SwappedModule(nn.Module):
             return output
         finally:
             run.ambient.constrained = before
+            for shadow, original in run.pairs:  # a perturbed pass leaves nothing behind
+                _copy_attributes(original, shadow)
 
 
 class SwappedFunction(nn.Module):

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from stnify import Dropout, Hyperparameter, ShapeError, UsageError, WeightDecay
 from stnify.objective import Objective
-from stnify.step import response_step
+from stnify.step import first_rows, response_step
 
 STEPS = 20
 
@@ -1215,3 +1215,14 @@ def test_the_step_size_of_lambda_follows_the_length_of_the_run(total_steps, sett
     (group,) = stn._tuner.hyper_optimizer.param_groups
     assert (group["lr"], group["alpha"]) == pytest.approx(settings)
     assert stn._tuner.cadence.warmup_steps == (100 if total_steps is None else total_steps // 20)
+
+
+def test_lists_of_pictures_are_cut_to_the_first_ones():
+    pictures = [torch.randn(3, size, 8) for size in (8, 9, 10)]
+    boxes = [{"boxes": torch.randn(3, 4)} for _ in pictures]
+    kept, targets = first_rows((pictures, boxes), 2)
+    assert [picture.shape for picture in kept] == [(3, 8, 8), (3, 9, 8)]
+    assert targets == boxes[:2]
+    inputs, mask = first_rows((torch.arange(6).reshape(3, 2), torch.ones(4)), 2)
+    assert inputs.tolist() == [[0, 1], [2, 3]]
+    assert len(mask) == 4
