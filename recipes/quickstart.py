@@ -40,6 +40,7 @@ class Run:
 
     test_loss: float
     test_accuracy: float
+    valid_loss: float
     values: dict[str, float]
     history: History
 
@@ -69,7 +70,9 @@ def build() -> nn.Module:
     )
 
 
-def train(data: Data, *, method: str, dropout: float, epochs: int, seed: int) -> Run:
+def train(
+    data: Data, *, method: str, dropout: float, epochs: int, seed: int, lr: float = 0.03
+) -> Run:
     """Train one network; ``method`` is "delta" to tune, "fixed" to hold the start.
 
     Args:
@@ -78,13 +81,14 @@ def train(data: Data, *, method: str, dropout: float, epochs: int, seed: int) ->
         dropout: Start of every dropout rate, a probability.
         epochs: Passes over the training examples.
         seed: Of the weights, the order of the examples and the perturbations.
+        lr: Learning rate of the weights.
     """
     torch.manual_seed(seed)
     model = build()
     train_loader = DataLoader(data.train, BATCH, shuffle=True)
     valid_loader = DataLoader(data.valid, 2 * BATCH, shuffle=True)
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 
     stn = stnify(
@@ -113,8 +117,10 @@ def train(data: Data, *, method: str, dropout: float, epochs: int, seed: int) ->
             optimizer.step()
         scheduler.step()
 
-    test_loss, test_accuracy = evaluate(stn.export(), data.test)
-    return Run(test_loss, test_accuracy, stn.values(), stn.history)
+    plain = stn.export()
+    test_loss, test_accuracy = evaluate(plain, data.test)
+    valid_loss, _ = evaluate(plain, data.valid)
+    return Run(test_loss, test_accuracy, valid_loss, stn.values(), stn.history)
 
 
 @torch.no_grad()

@@ -211,8 +211,8 @@ def _refuse_outer(name: str) -> None:
         raise DeclarationError(
             f"a hyperparameter must change the training loss whose minimum the weights follow, but "
             f"{name!r} only changes how the minimum is reached: the best response to it is the "
-            f"same for every value, so its gradient would be nought. Choose it in an outer loop, "
-            f"such as an Optuna study around the run, or by a scheduler."
+            f"same for every value, so its gradient would be nought. Choose it in an outer loop "
+            f"(recipes/outer_loop.py has one by Optuna) or by a scheduler."
         )
 
 
