@@ -122,6 +122,50 @@ def test_its_table_of_results_is_the_measured_one():
     assert next(seed_rows(report)) not in README
 
 
+def count_rows(report):
+    for result in report["results"]:
+        yield f"| {result['hyperparameters']:,} | {result['ratio']['median']:.2f} |"
+
+
+def augmentation_rows(report):
+    for result in report["results"]:
+        ratios = [
+            f"{result['ratio_to_stnify'][side]['median']:.2f}"
+            for side in ("stnify_compiled", "torchvision", "kornia")
+        ]
+        yield f"| {' | '.join(['x'.join(map(str, result['batch'])), *ratios])} |"
+
+
+def conversion_rows(report):
+    for result in report["results"]:
+        plain, proven = (result[way]["median"] for way in ("plain", "proven"))
+        yield f"| {result['model']} | {plain:.1f} | {result['limit']:.0f} | {proven:.1f} |"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows_of"),
+    [
+        ("hyperparameter_count_cpu", count_rows),
+        ("augmentations_cpu", augmentation_rows),
+        ("conversion_time", conversion_rows),
+    ],
+)
+def test_its_smaller_tables_are_the_measured_ones(name, rows_of):
+    rows = list(rows_of(json.loads((RESULTS / f"{name}.json").read_text())))
+    assert len(rows) >= 2
+    assert all(row in README for row in rows)
+    assert rows[0].replace(".", ",") not in README
+
+
+def test_the_aims_of_the_smaller_tables_are_met():
+    counts = json.loads((RESULTS / "hyperparameter_count_cpu.json").read_text())["results"]
+    ratio = {result["hyperparameters"]: result["ratio"]["median"] for result in counts}
+    assert ratio[100] < 1.15
+    times = json.loads((RESULTS / "conversion_time.json").read_text())["results"]
+    assert all(result["plain"]["median"] <= result["limit"] for result in times)
+    assert {result["model"] for result in times} == {"resnet50", "vit_base_patch16_224"}
+
+
 def test_its_map_lists_every_file_once():
     section = README.split("## The rooms")[1].split("\n## ")[0]
     listed = re.findall(r"^\| `(\S+\.py)` \|", section, re.MULTILINE)
