@@ -51,6 +51,9 @@ COLUMNS = (
 GIBIBYTE = 2**30
 BUILD = "build"
 
+START = "forkserver"
+"""How processes start: as forks of one without threads, which autograd cannot be forked with."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Examine what is asked for and write table and summary."""
@@ -159,7 +162,9 @@ class _Work:
 
 def _examined(chosen: list[Structure], options: argparse.Namespace) -> Iterator[Row]:
     """Examine all of ``chosen``, a few at a time, and yield each row when it is there."""
-    context = multiprocessing.get_context("fork")  # libraries are loaded already
+    context: Any = multiprocessing.get_context(START)
+    if START == "forkserver":
+        context.set_forkserver_preload(["benchmarks.examine"])  # libraries are loaded once
     waiting, running = list(reversed(chosen)), list[_Work]()
     while waiting or running:
         while waiting and len(running) < options.jobs:

@@ -59,7 +59,12 @@ def examine(built: Built) -> Iterator[tuple[str, Row]]:
     yield "done", row
 
 
-SOUND_ROWS = ("independent", "mixed by the model itself", "one perturbation for the batch")
+SOUND_ROWS = (
+    "independent",
+    "mixed by the model itself",
+    "one perturbation for the batch",
+    "nothing detected",
+)
 
 
 def judged(row: Row) -> Row:
@@ -265,6 +270,14 @@ def identical(one: Any, other: Any) -> bool:
     )
 
 
+def alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether detections are the same up to rounding, which depends on how many there are."""
+    return len(one) == len(other) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
 def tensors(outputs: Any) -> list[Tensor]:
     """Return every tensor of real numbers in nested ``outputs``."""
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
@@ -305,9 +318,12 @@ def independence(stn: STN, args: tuple[Any, ...], words: dict[str, str]) -> Row:
             by_example(stn.model._graph(*args, response_input=response_input))
             for response_input in (before, after)
         )
-        moved = [bool(a) and not identical(a, b) for a, b in zip(one, other, strict=True)]
+        same = alike if any(isinstance(value, list) for value in args) else identical
+        moved = [bool(a) and not same(a, b) for a, b in zip(one, other, strict=True)]
         middle = moved.pop(BATCH // 2)
-        if any(moved):
+        if not any(tensor.numel() for values in one for tensor in values):
+            found = "nothing detected"
+        elif any(moved):
             found = "mixed by the model itself" if _mixes(stn.model._original, args) else "mixed"
         else:
             everywhere = all(word.startswith("shared") for word in words.values()) and words

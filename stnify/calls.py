@@ -36,6 +36,9 @@ from stnify.products import MULTIPLICATIONS, bilinear, multiplication, product
 
 Drop = Callable[[Tensor], Tensor]
 
+ATTENTION_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+"""Names of what PyTorch's attention receives, read here because compiled code cannot."""
+
 
 class KnownWeight(NamedTuple):
     """A weight that responds.
@@ -229,7 +232,7 @@ def _embedding_bag(
 def _attention(
     calls: WeightCalls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+    arguments = {**dict(zip(ATTENTION_ARGUMENTS, args, strict=False)), **kwargs}
     drop = calls.drop(arguments["out_proj_weight"])
     return multi_head_attention(calls.linear, **arguments, drop=drop)
 

@@ -127,7 +127,9 @@ def rewrite(
     for site in plan.noises:
         module = NOISES[site.kind](space.index(site.column), site)
         key = insert(tunables.noises, site.name, module)
-        tunables.follow(module, _nearest(model, site.name))
+        inserted = site.place in {"after", "operand"}
+        owner = site.name.rpartition(".")[0] if inserted else site.name
+        tunables.follow(module, _nearest(model, owner))
         if site.inside is None:
             _place_noise(copy, nodes, site, f"{PREFIX}.noises.{key}", inputs["constrained"])
         else:

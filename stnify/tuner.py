@@ -200,7 +200,8 @@ class Tuner:
         """Prove the conversion on these inputs, once, and count what it costs."""
         self.layouts = verify(self.model, args, kwargs)
         idle = [name for name, word in self.layouts.items() if "never called" in word]
-        idle = [name.removeprefix("noises.") for name in idle if name.startswith("noises.")]
+        prefix = "noises."
+        idle = [n.removeprefix(prefix).replace("/", ".") for n in idle if n.startswith(prefix)]
         if idle:
             warnings.warn(
                 f"tuned noise at {idle} has no effect, because the model never calls what it "

@@ -113,6 +113,8 @@ def _probe(
     model: TunableModule, base: tuple[tuple[Any, ...], dict[str, Any]], batch: int
 ) -> dict[str, str]:
     sites, rows = _sites(model), list[Rows]()
+    # Of each picture in a list a detector finds some other number of objects.
+    listed = any(by_example(value, batch) for value in (*base[0], *base[1].values()))
     changed = [index for index in CHANGED if index < batch] or [0]
     for args, kwargs in (base, *(_with_one_changed(base, batch, index) for index in changed)):
         rows.append(_seen(model, sites, args, kwargs, batch))
@@ -124,6 +126,8 @@ def _probe(
             for before, after in zip(rows[0][name], probe[name], strict=True)
         ]
         site.layout, words[name] = _agreed(calls)
+        if listed and " x " in words[name]:
+            site.layout, words[name] = RowLayout.SHARED, "shared (rows are what is found)"
     return words
 
 

@@ -179,6 +179,7 @@ def options(**changed):
 
 
 def examined(monkeypatch, work, **changed):
+    monkeypatch.setattr(coverage, "START", "fork")  # which knows what is patched here
     monkeypatch.setattr(coverage, "examine", work)
     monkeypatch.setattr(coverage, "small", lambda structure: dense())
     (row,) = coverage._examined([DENSE], options(**changed))
@@ -186,9 +187,12 @@ def examined(monkeypatch, work, **changed):
 
 
 def test_a_row_is_made_in_a_process_of_its_own(monkeypatch):
-    row = examined(monkeypatch, examine.examine)
-    assert (row["status"], row["stage"], row["models"]) == ("fine", "done", 3)
-    assert row["family_parameters"] == 30
+    def work(built):
+        yield "convert", {"parameters": os.getpid()}
+
+    row = examined(monkeypatch, work)
+    assert row["parameters"] != os.getpid()
+    assert (row["models"], row["family_parameters"]) == (3, 30)
 
 
 def test_a_model_that_raises_hangs_or_dies_leaves_a_row(monkeypatch):

@@ -16,6 +16,7 @@ from stnify.declare import DropConnect
 from stnify.errors import DeclarationError
 from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.perturb import Perturbation
+from stnify.regularizers import weight_factors
 from stnify.step import response_step
 
 BATCH = 6
@@ -164,10 +165,9 @@ def converted(case: Case, **options: Any) -> STN:
 
 def factors_of(stn: STN) -> dict[str, Tensor]:
     """Draw what the next pass draws first, by name of the weight."""
-    (noise,) = stn.model.tunables.weight_noises
-    current = stn.hyperparameters.current
-    found = noise.factors(stn.model._original.get_parameter, current)
-    return {name: found[name] for name in noise.sharing}
+    noises, current = stn.model.tunables.weight_noises, stn.hyperparameters.current
+    found = weight_factors(noises, stn.model.get_parameter, current)
+    return {name: found[name] for noise in noises for name in noise.sharing}
 
 
 # The general step ---------------------------------------------------------------------------------
@@ -232,10 +232,10 @@ def drawn_for(stn: STN) -> Perturbation:
 
 
 def factors_of_response_pass(stn: STN, drawn: Perturbation) -> dict[str, Tensor]:
-    (noise,) = stn.model.tunables.weight_noises
+    noises = stn.model.tunables.weight_noises
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return noise.factors(stn.model.get_parameter, drawn.constrained)
+        return weight_factors(noises, stn.model.get_parameter, drawn.constrained)
 
 
 @every_case

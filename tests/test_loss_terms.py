@@ -544,7 +544,7 @@ def test_a_term_and_forward_loss_are_refused(name):
 
     declared = TERMS[name].declaration
     with pytest.raises(DeclarationError, match=rf"{declared.name!r} acts in `stn.criterion`"):
-        converted(declared, forward_loss=forward_loss)
+        converted(declared, forward_loss=forward_loss, criterion=None)
 
 
 @pytest.mark.parametrize("declaration", [LabelSmoothing(), ConfidencePenalty()])
