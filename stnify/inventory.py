@@ -14,11 +14,27 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stnify.declare import KINDS
+from stnify.declare import (
+    KINDS,
+    ActivationPenalty,
+    Declaration,
+    LockedDropout,
+    TemporalActivationPenalty,
+)
 from stnify.plan import Plan
 from stnify.trace import caller
 
 Status = Literal["tuned", "fixed", "absent"]
+
+WITHOUT_SHORTHAND: tuple[type[Declaration], ...] = (
+    LockedDropout,
+    ActivationPenalty,
+    TemporalActivationPenalty,
+)
+"""Kinds that must say where they act."""
+
+NAMES = tuple(kind.__name__ for kind in (*KINDS.values(), *WITHOUT_SHORTHAND))
+"""Names of all kinds that stnify can tune."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +189,7 @@ def inventory(
         *_in_loader(train_loader, "train_loader", {}),
     ]
     present = {regularizer.kind for regularizer in found}
-    kinds = [kind.__name__ for kind in KINDS.values()]
-    return found + [Regularizer((), k, None, "absent") for k in kinds if k not in present]
+    return found + [Regularizer((), k, None, "absent") for k in NAMES if k not in present]
 
 
 def with_values(found: Iterable[Regularizer], values: Mapping[str, float]) -> list[Regularizer]:
@@ -256,8 +271,7 @@ def _strengths_of_module(module: nn.Module) -> Strengths:
     own = names[0]
     if "drop" not in own.lower() or not rates or next(module.children(), None) is not None:
         return {}
-    kinds = {kind.__name__ for kind in KINDS.values()} | {"LockedDropout"}
-    matching = [kind for kind in kinds if own.endswith(kind)]
+    matching = [kind for kind in NAMES if own.endswith(kind)]
     return {max(matching, key=len, default=own): tuple(rates)}
 
 

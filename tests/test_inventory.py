@@ -39,12 +39,18 @@ from stnify import (
     Scale,
     Translate,
     WeightDecay,
+    declare,
     stnify,
 )
-from stnify.declare import KINDS
 from stnify.inventory import Regularizer, doubled, inventory, table
 
-KIND_NAMES = {kind.__name__ for kind in KINDS.values()}
+KIND_NAMES = {
+    name
+    for name, kind in vars(declare).items()
+    if isinstance(kind, type)
+    and issubclass(kind, declare.Declaration)
+    and getattr(kind, "__final__", False)
+} - {"Hyperparameter"}
 DECAY = (WeightDecay(init=0.1),)
 
 
