@@ -11,6 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     found: dict[str, list[float]] = {"plain": [], "proven": []}
     for _ in range(rounds + 1):
         for way, given in (("plain", None), ("proven", images)):
-            model = timm.create_model(name)
-            found[way].append(seconds(lambda: convert(model, given)))  # noqa: B023
+            found[way].append(seconds(partial(convert, timm.create_model(name), given)))
     return {
         "model": name,
         "limit": MODELS[name],

@@ -129,16 +129,20 @@ class CrossEntropy:
 
     @classmethod
     def of(cls, criterion: Criterion) -> "CrossEntropy | None":
-        """Read the settings of ``nn.CrossEntropyLoss`` or ``F.cross_entropy``; None for others."""
+        """Read the settings of ``nn.CrossEntropyLoss`` or ``F.cross_entropy``; None for others.
+
+        One that returns a number for each target is another: it is refused as it would be alone.
+        """
+        settings: dict[str, Any] = {}
         if type(criterion) is nn.CrossEntropyLoss:
             settings = {name: getattr(criterion, name) for name in cls.__dataclass_fields__}
-            return cls(**settings)
-        if criterion is F.cross_entropy:
-            return cls()
-        if isinstance(criterion, partial) and criterion.func is F.cross_entropy:
-            known = criterion.keywords.keys() <= cls.__dataclass_fields__.keys()
-            return cls(**criterion.keywords) if known and not criterion.args else None
-        return None
+        elif isinstance(criterion, partial) and criterion.func is F.cross_entropy:
+            settings = criterion.keywords
+            if criterion.args or not settings.keys() <= cls.__dataclass_fields__.keys():
+                return None
+        elif criterion is not F.cross_entropy:
+            return None
+        return None if settings.get("reduction") == "none" else cls(**settings)
 
     def __call__(
         self, prediction: Tensor, target: Tensor, smoothing: Tensor | None, mixing: Mixing | None

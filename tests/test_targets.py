@@ -124,6 +124,13 @@ def test_criteria_without_classes_are_refused(criterion):
         stnify(perceptron(), [LabelSmoothing()], criterion=criterion)
 
 
+@pytest.mark.parametrize("way", ["module", "partial"])
+def test_a_loss_for_each_target_is_no_loss(way):
+    stn = convert(perceptron(), [LabelSmoothing()], criterion=built({"reduction": "none"}, way))
+    with pytest.raises(ShapeError, match="`criterion` must return one number"):
+        stn.step(next(iter(batches())))
+
+
 def test_several_predictions_keep_their_partners():
     """The criterion of a prediction uses the mixture of that prediction, not the latest's."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES))

@@ -113,10 +113,7 @@ class WeightResponse(nn.Module):
         """
         gates = self.gates(response_input)
         weights = coefficient.to(gates.dtype)[:, None]
-        products, _ = _inner_products(
-            _by_unit(slope, self.axis, gates.shape[1]),
-            _by_unit(self.weight(general), self.axis, gates.shape[1]),
-        )
+        products = _by_unit(slope * self.weight(general), self.axis, gates.shape[1]).sum(1)
         assert self.gate.grad is not None
         weighted_inputs = (weights * response_input.to(gates.dtype)).sum(0)
         self.gate.grad.addmm_(products[:, None], weighted_inputs[None])
