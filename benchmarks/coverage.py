@@ -14,6 +14,12 @@ A row is *fine* if the conversion succeeded and the graph is the original, bit f
 mode and in train mode, with a response of nought up to rounding, rows are independent (unless the
 model itself mixes examples, or all its layers share one perturbation), and the response pass gives
 finite gradients.
+
+The share is of *weights*: parameters of two or more dimensions that the model's forward multiplies
+with activations, or hands to the function of a Linear, Conv, attention or recurrent layer. What is
+multiplied with constants and other parameters only, such as a table whose rows are chosen by
+products with one-hot positions, is no weight. Each row names such parameters, with their sizes, as
+*without activations*. Embeddings count neither way. See ``benchmarks.examine.multiplied``.
 """
 
 import argparse
@@ -44,6 +50,7 @@ COLUMNS = (
     *("status", "reason", "stage", "options", "shape", "parameters", "response"),
     *("way", "untraced", "sites", "swapped"),
     *("weights", "weight_parameters", "covered_parameters", "share", "uncovered"),
+    "without_activations",
     *("exact", "exact_zero", "exact_train", "finite_outputs"),
     *("rows", "shared_sites", "shared_because", "finite", "moved"),
     *("convert_s", "verify_s", "seconds", "commit"),
@@ -80,7 +87,10 @@ def main(arguments: list[str] | None = None) -> None:
         table.add({**row, "commit": commit})
         print(f"{number}/{len(chosen)}", _headline(row), flush=True)
     path = options.out / "coverage.json"
-    path.write_text(json.dumps(summary(table.rows.values(), every), indent=1) + "\n")
+    found = summary(table.rows.values(), every)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    for name, left_out in found["without_activations"].items():
+        print(f"no weights, multiplied without activations: {name}: {left_out}")
     print(f"written: {table.path}, {path}")
 
 
@@ -102,7 +112,10 @@ class Table:
         self.rows: dict[tuple[str, str], Row] = {}
         if path.exists():
             with path.open(newline="") as file:
-                self.rows = {(row["library"], row["name"]): row for row in csv.DictReader(file)}
+                reader = csv.DictReader(file)
+                self.rows = {(row["library"], row["name"]): row for row in reader}
+            if reader.fieldnames != list(COLUMNS):
+                self._write(self.rows.values(), "w")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write([], "w")
@@ -245,10 +258,11 @@ def summary(rows: Iterable[Row], every: Iterable[Structure]) -> dict[str, Any]:
             for row in examined
             if row["status"] != "fine"
         },
-        "uncovered": {
-            f"{row['library']} {row['name']}": row["uncovered"]
-            for row in examined
-            if row["uncovered"]
+        **{
+            column: {
+                f"{row['library']} {row['name']}": row[column] for row in examined if row[column]
+            }
+            for column in ("uncovered", "without_activations")
         },
     }
 

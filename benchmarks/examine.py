@@ -7,7 +7,7 @@ the model's own forward multiplies with activations.
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +36,13 @@ def examine(built: Built) -> Iterator[tuple[str, Row]]:
     total = sum(parameters.values())
     row.update(parameters=total, response="gate" if total > LARGE else "full")
     yield "weights", row
-    weights = multiplied_weights(model.train(), built.train_call(2))
+    found = multiplied(model.train(), built.train_call(2))
+    row["without_activations"] = "; ".join(f"{n}: {parameters[n]}" for n in sorted(found.others))
     yield "convert", row
     start = time.process_time()
     stn = stnify(model.train(), [WeightDecay()], response=row["response"], seed=0)
     row["convert_s"] = round(time.process_time() - start, 3)
-    row.update(coverage(stn, weights, parameters))
+    row.update(coverage(stn, found.weights, parameters))
     yield "verify", row
     start = time.process_time()
     words = verify(stn.model, built.call(BATCH), {})
@@ -92,9 +93,10 @@ WITH_WEIGHT: dict[Callable[..., Any], tuple[int, str]] = {
 
 PRODUCTS = (
     *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm),
-    *(torch.bmm, Tensor.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot),
+    *(torch.bmm, Tensor.bmm, torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm),
+    *(torch.mv, Tensor.mv, torch.einsum, torch.tensordot),
 )
-"""Functions in which a weight is whatever comes from parameters alone."""
+"""Functions in which a weight is whatever comes from parameters alone and meets activations."""
 
 WHOLE = (
     F.multi_head_attention_forward,
@@ -103,22 +105,59 @@ WHOLE = (
 )
 """Functions all of whose matrices are weights."""
 
+BLANK = (
+    *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like),
+    *(torch.rand_like, torch.randn_like, torch.randint_like),
+    *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor),
+)
+"""Functions that use no number of the tensor they receive."""
+
+FITTED = (Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)
+"""Functions that use the numbers of their first tensor only."""
+
+READS = (
+    *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__),
+    *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__),
+)
+"""Functions that give a tensor's numbers to Python."""
+
+
+class Multiplied(NamedTuple):
+    """Parameters of two or more dimensions, by name, that a forward multiplies.
+
+    Attributes:
+        weights: With activations, or in a layer's function: what coverage is a share of.
+        others: With constants and other parameters only.
+    """
+
+    weights: set[str]
+    others: set[str]
+
 
 class _Watch(TorchFunctionMode):
-    """Follows parameters, and what is computed from parameters alone, to where they meet inputs."""
+    """Follows what is known without the model's inputs to where it meets what is not: activations.
+
+    Known are parameters, buffers, tensors made from nothing, such as positions, and whatever is
+    computed from these alone. Sizes of inputs are known, their numbers are not: once a number of an
+    activation has been given to Python, what is made from nothing counts as an activation, and so
+    does all memory an activation is written to.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.names = {id(p): name for name, p in model.named_parameters()}
-        self.matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
-        self.vectors = {
-            n for n, p in model.named_parameters() if p.numel() == max(p.shape, default=1)
-        }
-        self.behind: dict[int, frozenset[str]] = {
-            key: frozenset({name}) for key, name in self.names.items()
-        }
-        self.kept: list[Any] = []
+        named = dict(model.named_parameters())
+        self.matrices = {name for name, p in named.items() if p.ndim >= 2}
+        self.vectors = {n for n, p in named.items() if p.numel() == max(p.shape, default=1)}
+        # By memory, which views share; what is known stays alive, else its memory might be reused.
+        self.behind: dict[int, frozenset[str]] = {}
+        self.kept: list[Tensor] = []
+        self.numbers_read = False
         self.weights: set[str] = set()
+        self.others: set[str] = set()
+        for buffer in model.buffers():
+            self._learn(buffer, frozenset())
+        for name, parameter in named.items():
+            self._learn(parameter, frozenset({name}))
 
     def __torch_function__(
         self,
@@ -128,41 +167,70 @@ class _Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = _tensors((args, kwargs))
+        used = [] if func in BLANK else inputs[:1] if func in FITTED else inputs
+        known = all(map(self._known, used)) and bool(used or not self.numbers_read)
         if func in WITH_WEIGHT:
             place, name = WITH_WEIGHT[func]
-            self._note([args[place] if len(args) > place else kwargs[name]])
-        elif func in WHOLE or (func in PRODUCTS and not all(map(self._known, inputs))):
-            self._note(inputs)
+            self.weights |= self._matrices([args[place] if len(args) > place else kwargs[name]])
+        elif func in WHOLE or (func in PRODUCTS and not known):
+            self.weights |= self._matrices(inputs)
+        elif func in PRODUCTS:
+            self.others |= self._matrices(inputs)
+        elif func in READS:
+            self.numbers_read |= not known
+        versions = [tensor._version for tensor in inputs]
         outputs = func(*args, **kwargs)
-        if inputs and all(map(self._known, inputs)):
-            origins = frozenset[str]().union(*(self.behind[id(leaf)] for leaf in inputs))
-            for leaf in tree_leaves(outputs):
-                if isinstance(leaf, Tensor):
-                    self.behind[id(leaf)] = origins
-                    self.kept.append(leaf)  # else another tensor might get its id
+        pairs = zip(inputs, versions, strict=True)
+        written = [tensor for tensor, version in pairs if tensor._version != version]
+        if known:
+            origins = frozenset[str]().union(*(self.behind[_memory(tensor)] for tensor in used))
+            for tensor in [*_tensors(outputs), *written]:
+                self._learn(tensor, origins)
+        else:
+            for tensor in written:
+                self.behind.pop(_memory(tensor), None)
         return outputs
 
-    def _known(self, tensor: Tensor) -> bool:
-        return id(tensor) in self.behind
+    def _learn(self, tensor: Tensor, origins: frozenset[str]) -> None:
+        memory = _memory(tensor)
+        self.behind[memory] = self.behind.get(memory, frozenset()) | origins
+        self.kept.append(tensor)
 
-    def _note(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            behind = self.behind.get(id(tensor), frozenset())
+    def _known(self, tensor: Tensor) -> bool:
+        return _memory(tensor) in self.behind
+
+    def _matrices(self, tensors: Iterable[Tensor]) -> set[str]:
+        found = set[str]()
+        for tensor in filter(self._known, tensors):
+            behind = self.behind[_memory(tensor)]
             # A column that scales a computed weight is no weight itself.
-            scales = self.vectors if len(behind) > 1 else set()
-            self.weights |= (behind & self.matrices) - scales
+            found |= (behind & self.matrices) - (self.vectors if len(behind) > 1 else set())
+        return found
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 @torch.no_grad()
-def multiplied_weights(model: nn.Module, args: tuple[Any, ...]) -> set[str]:
-    """Return the parameters of two or more dimensions that one forward multiplies with inputs.
+def multiplied(model: nn.Module, args: tuple[Any, ...]) -> Multiplied:
+    """Return which parameters one forward multiplies, and with what.
+
+    A parameter is a weight if one of ``PRODUCTS`` multiplies it with activations, or one of
+    ``WITH_WEIGHT`` and ``WHOLE`` with anything: itself, or what is computed from it without the
+    inputs. A table whose rows are chosen by a product with constants and then added, as positions
+    often are, is no weight.
 
     In train mode, so that PyTorch's fast paths, which are single calls, stay off.
     """
     with buffers_restored(model), _Watch(model) as watch:
         model(*args)
-    return watch.weights
+    return Multiplied(watch.weights, watch.others - watch.weights)
 
 
 def coverage(stn: STN, weights: set[str], sizes: dict[str, int]) -> Row:

@@ -85,12 +85,119 @@ class Mixture(nn.Module):
 
 def test_weights_are_found_by_what_the_forward_does_with_them():
     model = Mixture()
-    found = examine.multiplied_weights(model, (torch.randn(2, 3, 4),))
-    assert found == {
+    found = examine.multiplied(model, (torch.randn(2, 3, 4),))
+    assert found.others == set()
+    assert found.weights == {
         *("linear.weight", "factors", "kernel"),
         *("attention.in_proj_weight", "attention.out_proj.weight"),
         *("recurrent.weight_ih_l0", "recurrent.weight_hh_l0"),
     }
+
+
+class Table(nn.Module):
+    """Reads a table in some way, and adds what it reads or multiplies with it."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+        self.table = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("chosen", F.one_hot(torch.tensor([1, 0, 3]), 4).float())
+
+    def forward(self, inputs):
+        return self.read(inputs, self.table, self.chosen)
+
+
+def one_hot(positions):
+    return F.one_hot(positions, 4)
+
+
+def filled(inputs):
+    """Return nothing but zeros, into a part of which activations are written."""
+    zeros = torch.zeros(3, 4)
+    zeros[1:].copy_(inputs[0, 1:])
+    return zeros
+
+
+def symmetric(table):
+    whole = torch.zeros(4, 4)
+    whole[:2] = table[:2]
+    return whole + whole.mT
+
+
+def halved(inputs):
+    """Return as many positions as there are numbers above nought."""
+    return torch.arange(1 + min(2, int((inputs > 0).sum())))
+
+
+READINGS = {
+    "rows chosen by a buffer": (
+        lambda x, table, chosen: x + torch.einsum("nd,pn->pd", table, chosen),
+        "others",
+    ),
+    "rows chosen by positions made in the forward": (
+        lambda x, table, _: x + one_hot(torch.arange(x.shape[1])).expand(2, 3, 4).to(table) @ table,
+        "others",
+    ),
+    "positions as long as an input, of its type": (
+        lambda x, table, _: x + (one_hot(x.new_ones(3).cumsum(0).long()).type_as(x) @ table),
+        "others",
+    ),
+    "a product of two parameters": (lambda x, table, _: x + (table @ table)[:3], "others"),
+    "rows that are taken and not multiplied": (lambda x, table, _: x + table[:3], "neither"),
+    "rows chosen by the input itself": (
+        lambda x, table, _: x + one_hot(x.argmax(-1)).float() @ table,
+        "weights",
+    ),
+    "chosen rows that meet activations": (
+        lambda x, table, chosen: x @ (chosen @ table).mT,
+        "weights",
+    ),
+    "taken rows that meet activations": (
+        lambda x, table, _: torch.einsum("bpd,qd->bpq", x, table[torch.arange(3)]),
+        "weights",
+    ),
+    "a layer's weight that meets a constant": (
+        lambda x, table, chosen: x + F.linear(chosen, table),
+        "weights",
+    ),
+    "once with a constant, once with activations": (
+        lambda x, table, chosen: x + chosen @ table + x @ table,
+        "weights",
+    ),
+    "activations written to a view of a constant": (
+        lambda x, table, _: x + filled(x) @ table,
+        "weights",
+    ),
+    "written to a constant that meets activations": (
+        lambda x, table, _: x @ symmetric(table),
+        "weights",
+    ),
+    "as many positions as the numbers of the input say": (
+        lambda x, table, _: x + (one_hot(halved(x)).float() @ table).mean(0),
+        "weights",
+    ),
+    "numbers of the input by way of Python": (
+        lambda x, table, _: x + torch.tensor(x.tolist()) @ table,
+        "weights",
+    ),
+}
+
+
+@pytest.mark.parametrize(("read", "kind"), READINGS.values(), ids=READINGS)
+def test_a_weight_is_what_meets_activations_and_no_constant_alone(read, kind):
+    found = examine.multiplied(Table(read), (torch.randn(2, 3, 4),))
+    assert found._asdict() == {
+        name: {"table"} if name == kind else set() for name in ("weights", "others")
+    }
+
+
+def test_a_table_that_meets_constants_only_is_named_and_not_counted():
+    model = nn.Sequential(nn.Linear(4, 4), Table(READINGS["rows chosen by a buffer"][0]))
+    call = lambda batch: (torch.randn(batch, 3, 4),)  # noqa: E731
+    *_, (_, row) = examine.examine(structures.Built(model, {}, (3, 4), call, call))
+    assert examine.judged(row)["status"] == "fine"
+    assert row["without_activations"] == "1.table: 16"
+    assert (row["weights"], row["weight_parameters"], row["share"]) == (1, 16, 1.0)
 
 
 class Sidling(nn.Module):
@@ -107,7 +214,7 @@ class Sidling(nn.Module):
 
 def test_coverage_counts_what_responds_and_names_what_does_not():
     model = Sidling()
-    weights = examine.multiplied_weights(model, (torch.randn(2, 4),))
+    weights = examine.multiplied(model, (torch.randn(2, 4),)).weights
     assert weights == {"linear.weight", "other"}
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     stn = stnify(model, [WeightDecay()])
@@ -237,7 +344,18 @@ def test_a_table_resumes_and_forgets_failures(tmp_path):
         assert [row["name"] for row in csv.DictReader(file)] == ["one"]
 
 
-def test_a_run_writes_table_and_summary_and_goes_on_where_it_stopped(tmp_path, capsys):
+def test_a_table_of_fewer_columns_is_written_anew_and_goes_on(tmp_path):
+    path = tmp_path / "coverage.csv"
+    path.write_text("library,name,status\ntimm,one,fine\n")
+    coverage.Table(path).add({"library": "timm", "name": "two", "status": "failed"})
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["name"], row["status"]) for row in rows] == [("one", "fine"), ("two", "failed")]
+    assert list(rows[0]) == list(coverage.COLUMNS)
+
+
+def keep_structures(folder):
+    """Write down two structures, so that a run in this folder does not look for all."""
     known = {
         "versions": {"timm": structures.timm.__version__},
         "structures": [
@@ -246,7 +364,23 @@ def test_a_run_writes_table_and_summary_and_goes_on_where_it_stopped(tmp_path, c
         ],
     }
     known["versions"]["torchvision"] = structures.torchvision.__version__
-    (tmp_path / "coverage_structures.json").write_text(json.dumps(known))
+    (folder / "coverage_structures.json").write_text(json.dumps(known))
+
+
+def test_what_does_not_count_is_kept_in_the_summary_and_printed(tmp_path, capsys):
+    keep_structures(tmp_path)
+    row = {"library": "timm", "name": "test_resnet", "kind": "image", "status": "fine"}
+    table = coverage.Table(tmp_path / "coverage.csv")
+    table.add({**row, "models": 1, "family_parameters": 10, "without_activations": "table: 16"})
+    table.add({**row, "name": "test_vit", "models": 1, "family_parameters": 10})
+    coverage.main(["--out", str(tmp_path), "--names", "nothing"])
+    kept = json.loads((tmp_path / "coverage.json").read_text())["without_activations"]
+    assert kept == {"timm test_resnet": "table: 16"}
+    assert "without activations: timm test_resnet: table: 16\n" in capsys.readouterr().out
+
+
+def test_a_run_writes_table_and_summary_and_goes_on_where_it_stopped(tmp_path, capsys):
+    keep_structures(tmp_path)
     arguments = ["--out", str(tmp_path), "--jobs", "1", "--memory", "64"]
     coverage.main([*arguments, "--names", "*resnet"])
     assert "1/1 test_resnet fine graph" in capsys.readouterr().out
