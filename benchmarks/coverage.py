@@ -32,7 +32,7 @@ import resource
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -110,20 +110,20 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[tuple[str, str], Row] = {}
+        self.columns: Sequence[str] = ()
         if path.exists():
             with path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 self.rows = {(row["library"], row["name"]): row for row in reader}
-            if reader.fieldnames != list(COLUMNS):
-                self._write(self.rows.values(), "w")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._write([], "w")
+                self.columns = tuple(reader.fieldnames or ())
 
     def add(self, row: Row) -> None:
-        """Append a row."""
+        """Append a row; a file with other columns is written anew."""
         self.rows[row["library"], row["name"]] = {k: str(row.get(k, "")) for k in COLUMNS}
-        self._write([row], "a")
+        if self.columns == COLUMNS:
+            self._write([row], "a")
+        else:
+            self._write(self.rows.values(), "w")
 
     def forget_failures(self) -> None:
         """Drop every row that is not fine."""
@@ -131,6 +131,8 @@ class Table:
         self._write(self.rows.values(), "w")
 
     def _write(self, rows: Iterable[Row], mode: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.columns = COLUMNS
         with self.path.open(mode, newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="raise", lineterminator="\n")
             if mode == "w":

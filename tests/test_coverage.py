@@ -346,11 +346,16 @@ def test_a_table_resumes_and_forgets_failures(tmp_path):
 
 def test_a_table_of_fewer_columns_is_written_anew_and_goes_on(tmp_path):
     path = tmp_path / "coverage.csv"
-    path.write_text("library,name,status\ntimm,one,fine\n")
-    coverage.Table(path).add({"library": "timm", "name": "two", "status": "failed"})
+    before = "library,name,status\ntimm,one,fine\n"
+    path.write_text(before)
+    table = coverage.Table(path)
+    assert path.read_text() == before  # who only reads changes nothing
+    for name in ("two", "three"):
+        table.add({"library": "timm", "name": name, "status": "failed"})
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["name"], row["status"]) for row in rows] == [("one", "fine"), ("two", "failed")]
+    assert [row["name"] for row in rows] == ["one", "two", "three"]
+    assert [row["status"] for row in rows] == ["fine", "failed", "failed"]
     assert list(rows[0]) == list(coverage.COLUMNS)
 
 
