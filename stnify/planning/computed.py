@@ -1,11 +1,16 @@
 """Weights that a model computes from its parameters, such as a standardised kernel."""
 
 import copy
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+
+from stnify.composites import DESCRIPTIONS, TENSOR_ATTRIBUTES
+from stnify.products import multiplication
 
 
 def parameters_behind(model: nn.Module, value: object) -> dict[str, nn.Parameter] | None:
@@ -28,6 +33,72 @@ def parameters_behind(model: nn.Module, value: object) -> dict[str, nn.Parameter
                 found[str(node.target)] = attribute
         pending.extend(node.all_input_nodes)
     return found
+
+
+def meeting_tables(model: nn.Module, graph: fx.Graph) -> set[str]:
+    """Return the parameters with rows and columns that activations are multiplied with.
+
+    They enter a product themselves, or in what is computed from them without any number of an
+    input, whose size may be used; or a function that is called whole receives them together with
+    activations. A table that is multiplied with constants only is not among them.
+    """
+    names = {
+        id(parameter): name
+        for name, parameter in model.named_parameters()
+        if parameter.numel() > max(parameter.shape, default=1)
+    }
+    # What is computed from which tables; from activations, None.
+    origins: dict[fx.Node, frozenset[str] | None] = {}
+    found: set[str] = set()
+    for node in graph.nodes:
+        found |= _met(node, origins)
+        inputs = [] if _describes(node) else [origins[other] for other in node.all_input_nodes]
+        known = [tables for tables in inputs if tables is not None]
+        if node.op == "placeholder" or len(known) < len(inputs):
+            origins[node] = None
+        else:
+            origins[node] = frozenset(_tables(model, node, names)).union(*known)
+    return found
+
+
+def _met(node: fx.Node, origins: dict[fx.Node, frozenset[str] | None]) -> set[str]:
+    """Return the tables that meet activations in a node."""
+    operands: list[fx.Node] = []
+    function: Any = node.target
+    if node.op == "call_method":
+        function = getattr(Tensor, str(node.target), None)
+    product = multiplication(function, node.args, dict(node.kwargs))
+    if product is not None:
+        operands = [operand for operand in product.operands if isinstance(operand, fx.Node)]
+    elif calls_whole(node):
+        received = node.all_input_nodes
+        operands = [n for n in received if n.op == "get_attr" or origins[n] is None]
+    tables = [origins[operand] for operand in operands]
+    if None not in tables:
+        return set()
+    return {name for names in tables if names is not None for name in names}
+
+
+def _tables(model: nn.Module, node: fx.Node, names: dict[int, str]) -> Iterator[str]:
+    """Yield those of ``names`` a node reads: itself, or inside the module it calls."""
+    read: list[Any] = []
+    if node.op == "get_attr":
+        read = [_attribute(model, str(node.target))]
+    elif node.op == "call_module":
+        read = list(model.get_submodule(str(node.target)).parameters())
+    yield from (names[id(value)] for value in read if id(value) in names)
+
+
+def calls_whole(node: fx.Node) -> bool:
+    """Whether a node calls a Python function, in which weights may meet activations."""
+    return inspect.isfunction(node.target) and not node.target.__module__.startswith("torch.")
+
+
+def _describes(node: fx.Node) -> bool:
+    """Whether a node reads what a tensor is like, not its numbers."""
+    if node.op == "call_method":
+        return node.target in DESCRIPTIONS
+    return node.target is getattr and node.args[1] not in TENSOR_ATTRIBUTES
 
 
 @torch.no_grad()

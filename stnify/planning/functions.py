@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from stnify.layers import OPERATOR_ARGUMENTS
 from stnify.plan import Refusal, WeightSite
-from stnify.planning.computed import evaluate, parameters_behind
+from stnify.planning.computed import calls_whole, evaluate, parameters_behind
 from stnify.planning.modules import GATED_AXIS, own_weights
 from stnify.products import MULTIPLICATIONS, gated_axis, multiplication, product
 from stnify.trace import Traced, caller
@@ -150,7 +150,7 @@ class FunctionSites:
 
     def _whole(self, node: fx.Node) -> Iterator[WeightSite | Refusal]:
         """Yield the weights of known modules that a function receives, with their biases."""
-        if not _called(node):
+        if not calls_whole(node):
             return
         given = {str(n.target): n for n in node.all_input_nodes if n.op == "get_attr"}
         for name, value in given.items():
@@ -231,11 +231,6 @@ class FunctionSites:
             return None
         path, _, attribute = str(value.target).rpartition(".")
         return self.model.get_submodule(path)._parameters.get(attribute)
-
-
-def _called(node: fx.Node) -> bool:
-    """Whether a node calls a Python function, in which weights may meet activations."""
-    return inspect.isfunction(node.target) and not node.target.__module__.startswith("torch.")
 
 
 def _function(node: fx.Node) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from stnify.declare import Pattern
 from stnify.patterns import require_each
 from stnify.plan import Refusal, ResponseKind, WeightSite
+from stnify.planning.computed import meeting_tables
 from stnify.planning.functions import FunctionSites
 from stnify.planning.modules import (
     GATED_AXIS,
@@ -32,7 +33,8 @@ def weight_sites(
         model: The model that was traced.
         traced: Its graph.
         exclude: Layers that get no response.
-        affine: Whether parameters that are no weight of a layer have sites as well.
+        affine: Whether parameters that are no weight of a layer have sites as well. Without it,
+            those that activations are multiplied with have them all the same.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     excluded = require_each(exclude, modules, "`exclude`")
@@ -45,7 +47,10 @@ def weight_sites(
             sites.append(found)
         else:
             refusals[found.name] = found
-    alone = list(parameter_sites(model, traced, sites)) if affine else []
+    alone = list(parameter_sites(model, traced, sites))
+    if not affine:
+        meeting = meeting_tables(model, traced.graph)
+        alone = [site for site in alone if site.weight in meeting]
     sites = _agreeing(sites, refusals)
     sites += [s for s in alone if not any(_within(s.name, name) for name in excluded)]
     for name, reason in traced.opaque.items():
