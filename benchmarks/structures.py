@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
@@ -21,6 +22,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.video import mvit
 
 RATE = 0.1
 RATES: tuple[dict[str, float], ...] = (
@@ -145,7 +147,24 @@ def build(library: str, name: str, **options: Any) -> nn.Module:
         builder = torchvision.models.get_model_builder(name)
         if "weights_backbone" in inspect.signature(builder).parameters:
             options = {"weights_backbone": None, **options}
-        return builder(weights=None, **options)
+        sizes = {k: options.pop(k) for k in ("spatial_size", "temporal_size") if k in options}
+        with _mvits_of(sizes):
+            return builder(weights=None, **options)
+
+
+@contextmanager
+def _mvits_of(sizes: dict[str, Any]) -> Iterator[None]:
+    """Let torchvision's MViTs have other sizes than those that stand in their code."""
+    original = mvit._mvit
+
+    def sized(*args: Any, **kwargs: Any) -> nn.Module:
+        return original(*args, **{**kwargs, **sizes})
+
+    mvit._mvit = sized
+    try:
+        yield
+    finally:
+        mvit._mvit = original
 
 
 def signature(model: nn.Module) -> str:

@@ -48,6 +48,16 @@ def test_a_small_build_keeps_its_structure_and_is_nowhere_idle():
     assert built.model.eval()(*built.call(2)).shape == (2, 1000)
 
 
+def test_videos_are_small_where_their_size_stands_in_the_code():
+    name = "mvit_v2_s"
+    built = structures.small(structures.Structure("torchvision", "video.mvit", "video", name, 1, 0))
+    assert built.shape == (3, 4, 64, 64)
+    original = structures.plain_build("torchvision", name, num_classes=structures.CLASSES)
+    assert structures.signature(built.model) == structures.signature(original)
+    assert built.model.eval()(*built.call(2)).shape == (2, structures.CLASSES)
+    assert original.pos_encoding.spatial_size == (56, 56)
+
+
 def test_a_model_that_does_not_run_says_why(monkeypatch):
     def failing(built):
         raise ValueError(f"{built.shape[-1]} pixels are too few")
