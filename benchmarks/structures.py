@@ -41,6 +41,9 @@ DEPTHS = ("depth", "depths", "layers", "num_blocks")
 BLOCKS = 2
 """Blocks of a kind that are kept, so that shifted windows and the like occur."""
 
+MVIT_SIZES: tuple[str, ...] = ("spatial_size", "temporal_size")
+"""What torchvision's builders of MViTs set themselves."""
+
 LARGEST_ON_META = 10**9
 CLASSES = 5
 
@@ -147,7 +150,7 @@ def build(library: str, name: str, **options: Any) -> nn.Module:
         builder = torchvision.models.get_model_builder(name)
         if "weights_backbone" in inspect.signature(builder).parameters:
             options = {"weights_backbone": None, **options}
-        sizes = {k: options.pop(k) for k in ("spatial_size", "temporal_size") if k in options}
+        sizes = {name: options.pop(name) for name in MVIT_SIZES if name in options}
         with _mvits_of(sizes):
             return builder(weights=None, **options)
 
