@@ -26,11 +26,9 @@ from stnify.declare import (
     LockedDropout,
     RandomErasing,
 )
-from stnify.perturb import Perturbation, training_perturbation
-from stnify.space import HyperparameterSpace
 
 RATE = 0.3
-FEW, MANY = 100, 2000  # examples: many where each makes one draw only
+FEW, MANY = 400, 2000  # examples: many where each makes one draw only
 WIDTH, WORDS, STEPS = 8, 40, 3
 
 
@@ -162,21 +160,16 @@ def test_every_rate_has_a_witness():
 
 
 class Recorder:
-    """Keeps the predictions of a training step, and the rates of its response step."""
+    """Keeps the predictions of all passes, and the rate, or rates, each pass was at."""
 
-    def __init__(self, monkeypatch) -> None:
-        self.predictions: list[Tensor] = []
-        self.rates: list[Tensor] = []
-        monkeypatch.setattr("stnify.step.training_perturbation", self.perturbation)
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stn: STN | None = None
+        self.passes: list[tuple[Tensor, Tensor]] = []
 
-    def criterion(self, prediction: Tensor, target: Tensor) -> Tensor:
-        self.predictions.append(prediction.detach())
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        self.passes.append((prediction.detach(), self.stn.hyperparameters[self.name].detach()))
         return prediction.mean()
-
-    def perturbation(self, space: HyperparameterSpace, batch: int) -> Perturbation:
-        drawn = training_perturbation(space, batch)
-        self.rates.append(drawn.constrained)
-        return drawn
 
 
 def converted(witness: Witness, recorder: Recorder) -> STN:
@@ -186,8 +179,9 @@ def converted(witness: Witness, recorder: Recorder) -> STN:
         model,
         [witness.declaration],
         optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
-        criterion=recorder.criterion,
+        criterion=recorder,
         response="gate",
+        response_fraction=1.0,
         verify=False,
         seed=1,
     )
@@ -198,16 +192,12 @@ def converted(witness: Witness, recorder: Recorder) -> STN:
     return stn
 
 
-def step(witness: Witness, monkeypatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Take a training step and its response step; return what happened in the one and the other.
-
-    And the rates of the response step, ``(batch, 1)``.
-    """
-    recorder = Recorder(monkeypatch)
-    stn = converted(witness, recorder)
-    stn.step((witness.inputs, torch.zeros(len(witness.inputs))))
-    general, *_, response = recorder.predictions
-    return witness.happened(general), witness.happened(response), recorder.rates[-1]
+def step(witness: Witness) -> list[tuple[Tensor, Tensor]]:
+    """Take a training step; return what happened, ``(batch, draws)``, and the rates, by pass."""
+    recorder = Recorder(witness.declaration.name)
+    recorder.stn = converted(witness, recorder)
+    recorder.stn.step((witness.inputs, torch.zeros(len(witness.inputs))))
+    return [(witness.happened(prediction), rates) for prediction, rates in recorder.passes]
 
 
 BOUND = 4.0
@@ -221,21 +211,21 @@ def deviation(happened: Tensor, rates: Tensor | float) -> float:
 
 
 @every_rate
-def test_the_general_step_acts_at_the_rate(name, monkeypatch):
-    happened, _, _ = step(RATES[name], monkeypatch)
+def test_the_general_step_acts_at_the_rate(name):
+    happened, rate = step(RATES[name])[0]
     assert happened.numel() >= 800
+    assert rate == pytest.approx(RATE)
     assert deviation(happened, RATE) < BOUND
     assert deviation(happened, 0.7 * RATE) > BOUND
     assert deviation(happened, 1.3 * RATE) > BOUND
 
 
 @every_rate
-def test_the_response_step_acts_at_the_rates_drawn(name, monkeypatch):
+def test_the_response_step_acts_at_the_rates_drawn(name):
     """Examples of lower rates and those of higher ones, each half by itself."""
-    witness = RATES[name]
-    _, happened, rates = step(witness, monkeypatch)
-    halves = rates.argsort(0)[:, 0].chunk(2)
-    for half in halves:
-        assert deviation(happened[half], rates[half]) < BOUND
+    happened, rates = step(RATES[name])[-1]
+    assert rates.shape == happened.shape[:1]
+    assert (rates.unique().numel() > 1) is RATES[name].declaration.per_example
+    for half in rates.argsort().chunk(2):
+        assert deviation(happened[half], rates[half, None]) < BOUND
         assert deviation(happened[half], RATE) > BOUND, "lambda + epsilon counts, not lambda"
-    assert (rates.unique().numel() > 1) is witness.declaration.per_example
