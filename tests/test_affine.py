@@ -697,12 +697,12 @@ def timm_model(name, **options):
 
 
 MODELS = {
-    "resnet": lambda: timm_model("resnet10t"),
+    "resnet": lambda: timm_model("resnet10t", channels=(16, 16, 32, 32)),
     "vit": lambda: timm_model("vit_tiny_patch16_224", img_size=32, depth=2),
     "vit with layer scale": lambda: timm_model(
         "vit_tiny_patch16_224", img_size=32, depth=2, init_values=0.1, reg_tokens=2
     ),
-    "convnext": lambda: timm_model("convnext_atto", depths=(1, 1, 1, 1)),
+    "convnext": lambda: timm_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 32, 64)),
     "swin": lambda: timm_model(
         "swin_tiny_patch4_window7_224",
         img_size=32,
@@ -754,7 +754,7 @@ def test_it_compiles(name):
     function, modules, tensors = case.build()
     model, inputs = Calling(function, *modules, **tensors), case.inputs()
     stn = stnify(model, HPARAMS, affine=True, example_inputs=inputs, seed=0)
-    assert_compiles(stn, inputs, backend="aot_eager")
+    assert_compiles(stn, inputs, backend="eager")
 
 
 @in_double

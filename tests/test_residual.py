@@ -11,6 +11,7 @@ import torchvision
 from timm.layers import DropPath
 from torch import nn
 from torchvision.ops import StochasticDepth
+from zoo import shorten
 
 from stnify.planning.residual import residual_branches
 from stnify.trace import trace
@@ -135,6 +136,8 @@ TIMM = (
 @pytest.mark.parametrize("name", TIMM)
 def test_branches_are_where_timm_drops_paths(name):
     plain, rated = timm_model(name), timm_model(name, Rate(0.1))
+    for model in (plain, rated):
+        shorten(model)
     traced, other = trace(plain), trace(rated)
     numbers = places(plain, traced.graph)
     judge = noisy(rated, other.graph)

@@ -121,7 +121,7 @@ def uninterrupted(method, optimizer, seeded_loader):
 )
 @example(step=5, method="delta", optimizer="sgd", seeded_loader=False)
 @example(step=0, method="delta", optimizer="adamw", seeded_loader=True)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=16, deadline=None)
 def test_an_interrupted_run_continues_to_the_same_bits(step, method, optimizer, seeded_loader):
     sequence = training_batches()
     state = stored(Run(method, optimizer, seeded_loader, 0).train(sequence[:step]).state())

@@ -1,5 +1,6 @@
 """Architectures every conversion is tried on, each as a function that builds it afresh."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import timm
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+
+from benchmarks.structures import BLOCKS, signature
 
 
 class FunctionalNetwork(nn.Module):
@@ -60,13 +63,29 @@ def shake(model: nn.Module) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
+def shorten(model: nn.Module) -> None:
+    """Keep two blocks of a kind in every sequence, which leaves the model's structure as it is.
+
+    Blocks are modules with modules inside; those with parameters of the same sizes are of one kind.
+    """
+    before = signature(model)
+    for sequence in (module for module in model.modules() if type(module) is nn.Sequential):
+        kinds: Counter[object] = Counter()
+        for name, block in list(sequence.named_children()):
+            kind = type(block), *((key, t.shape) for key, t in block.state_dict().items())
+            kinds[kind] += 1
+            if next(block.children(), None) is not None and kinds[kind] > BLOCKS:
+                del sequence._modules[name]
+    assert signature(model) == before
+
+
 ZOO: dict[str, Callable[[], nn.Module]] = {
     "perceptron": perceptron,
     "functional": FunctionalNetwork,
     "torchvision resnet18": torchvision_model("resnet18"),
     "timm resnet18": timm_model("resnet18"),
-    "timm resnet26d": timm_model("resnet26d"),
-    "timm vit_tiny": timm_model("vit_tiny_patch16_224", img_size=32, drop_rate=0.1),
+    "timm resnet26d": timm_model("resnet26d", channels=(16, 32, 64, 128)),
+    "timm vit_tiny": timm_model("vit_tiny_patch16_224", img_size=32, depth=4, drop_rate=0.1),
     "timm convnext_atto": timm_model("convnext_atto"),
 }
 """Every model takes ``(batch, 3, 32, 32)`` and returns ``(batch, 5)``."""
