@@ -258,7 +258,7 @@ def cases(draw, kind):
 
 
 every_kind = pytest.mark.parametrize("kind", HYPER_MODULES, ids=lambda kind: kind.__name__)
-some_cases = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+some_cases = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:

@@ -140,7 +140,7 @@ def test_an_stn_passes_as_it_is(name, method):
 
 @pytest.mark.parametrize("hparams", [None, [Dropout(), WeightDecay()]])
 def test_a_good_model_compiles(hparams):
-    testing.assert_compiles(perceptron(), normal(5, 4), hparams, backend="aot_eager")
+    testing.assert_compiles(perceptron(), normal(5, 4), hparams, backend="eager")
 
 
 @every_assertion
@@ -396,16 +396,16 @@ def test_a_mistake_inside_a_module_that_is_not_traced_is_named_too():
 
 def test_a_pass_that_does_not_compile_is_named():
     stn = opened()
-    testing.assert_compiles(stn, normal(5, 4), backend="aot_eager")
+    testing.assert_compiles(stn, normal(5, 4), backend="eager")
     break_layer(stn, "5", BreakingGraph)
     with pytest.raises(AssertionError, match="the general pass of Sequential must compile as one"):
-        testing.assert_compiles(stn, normal(5, 4), backend="aot_eager")
+        testing.assert_compiles(stn, normal(5, 4), backend="eager")
 
 
 def test_compiled_numbers_are_compared():
     stn = opened()
     with pytest.raises(AssertionError, match=r"the compiled \w+ pass of Sequential must agree"):
-        testing.assert_compiles(stn, normal(5, 4), backend="aot_eager", tolerance=-1.0)
+        testing.assert_compiles(stn, normal(5, 4), backend="eager", tolerance=-1.0)
 
 
 def test_a_model_that_mixes_examples_is_named():
