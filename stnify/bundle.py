@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stnify.diagnosis import Diagnosis, diagnose
 from stnify.errors import UsageError
 from stnify.export import export, export_folded
 from stnify.flops import WHOLE
@@ -177,6 +178,21 @@ class STN:
                 "stnify()."
             )
         return self._tuner.validate(batch)
+
+    def diagnose(self, draws: int = 8) -> Diagnosis:
+        """Return how sure the hypergradient is of its sign, and how far ahead it looks.
+
+        Costs about ``2 * draws`` plain training steps and changes nothing. Print the result.
+
+        Raises:
+            UsageError: There is no optimizer, or there were too few validation steps.
+
+        Example:
+            ``print(stn.diagnose())`` once an epoch.
+        """
+        if draws < 2:
+            raise UsageError(f"`draws >= 2` must hold, but got draws={draws}.")
+        return diagnose(self._tuner, self._require_optimizer().base, draws)
 
     def freeze(self) -> None:
         """Stop scheduled validation steps; one called by hand still moves hyperparameters."""

@@ -91,8 +91,8 @@ def refuse_arguments(
     criterion: Callable[..., Tensor] | None,
     forward_loss: Callable[..., Tensor] | None,
     response: str,
-    scale: float,
-    response_lr: float,
+    scale: float | None,
+    response_lr: float | None,
     total_steps: int | None,
     tunes: bool,
 ) -> None:
@@ -115,7 +115,7 @@ def refuse_arguments(
     if response not in {"full", "gate"}:
         raise UsageError(f"`response` must be 'full' or 'gate', but got {response!r}.")
     for name, value in (("scale", scale), ("response_lr", response_lr)):
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             raise UsageError(f"`0 < {name} < inf` must hold, but got {name}={value}.")
 
 

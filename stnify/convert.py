@@ -4,11 +4,12 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer, RMSprop
+from torch.optim import Adam, Optimizer, RMSprop
 
 from stnify.augment import MIXES, Stats
 from stnify.bundle import STN
@@ -21,7 +22,7 @@ from stnify.linearize import Forward, linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
 from stnify.methods import METHODS, Cadence, Method
 from stnify.objective import PASSES, Objective
-from stnify.optimizer import STNOptimizer
+from stnify.optimizer import MakeOptimizer, STNOptimizer
 from stnify.plan import Plan, ResponseKind
 from stnify.planning import make_plan
 from stnify.rewrite import rewrite
@@ -40,6 +41,13 @@ SINUSOID_PERIOD = 1200
 """[STN] F, in training steps. The amplitude is ``scale``, unconstrained units; there it is 0.1."""
 
 
+RESPONSE_LR = 3e-3
+"""Of Adam on the response parameters."""
+
+RESPONSE_FRACTION = 0.2
+"""Share of a batch in the response step; twice that in cost, because each example counts twice."""
+
+
 def stnify(
     model: nn.Module,
     hparams: Hyperparameters,
@@ -51,16 +59,18 @@ def stnify(
     valid_loader: Iterable[Any] | None = None,
     method: str = "delta",
     response: ResponseKind = "full",
-    response_fraction: float = 1.0,
+    response_fraction: float = RESPONSE_FRACTION,
+    antithetic: bool = True,
     train_steps: int = 5,
     valid_steps: int = 1,
     warmup_steps: int | None = None,
     total_steps: int | None = None,
-    scale: float = 1.0,
+    scale: float | None = None,
     tune_scale: bool = True,
     entropy_weight: float = 1e-3,
     hyper_optimizer: HyperOptimizer | None = None,
-    response_lr: float = 1.0,
+    response_optimizer: MakeOptimizer | None = None,
+    response_lr: float | None = None,
     exclude: Pattern = (),
     affine: bool = False,
     leaves: Sequence[str | type[nn.Module]] = (),
@@ -87,17 +97,23 @@ def stnify(
         method: ``"delta"``, ``"centered"``, ``"stn"`` or ``"fixed"``.
         response: ``"full"``, or ``"gate"`` for gates of the general weights alone.
         response_fraction: Leading part of each (shuffled) batch the response step uses.
+        antithetic: Whether the response step takes each of these examples twice, with opposite
+            perturbations under the same noise, at twice the cost.
         train_steps: Training steps between validation steps.
         valid_steps: Validation steps each time.
         warmup_steps: Training steps before hyperparameters move; a twentieth of ``total_steps`` if
             that is known, else 100.
         total_steps: Length of the run in training steps; sets the warm-up and lambda's step size.
-        scale: Initial perturbation scale sigma, unconstrained units.
-        tune_scale: Whether sigma moves.
+        scale: Initial perturbation scale sigma, unconstrained units. None lets it follow the value
+            where the range has two ends, so that it reaches a quarter of the range; else it is 1.
+        tune_scale: Whether sigma moves by its gradient, where it does not follow the value.
         entropy_weight: tau, which keeps sigma from collapsing.
         hyper_optimizer: ``[lambda, sigma] -> optimizer``; RMSprop by default, learning rate 0.01,
             or so much more that lambda can cross its range in ``total_steps``.
-        response_lr: Learning rate of the response parameters relative to the general ones.
+        response_optimizer: ``groups -> optimizer`` of the response parameters; Adam by default,
+            learning rate 0.003. Their learning rate falls as that of the general parameters does.
+        response_lr: Instead of it, the same kind of optimizer as ``optimizer`` with this multiple
+            of its learning rate; 1.0 is the papers' ([DeltaSTN] Algorithm 1).
         exclude: Layers that get no response, by pattern or type.
         affine: Whether all other parameters respond as well: scales and shifts of norms,
             LayerScale, class tokens, position tables.
@@ -149,6 +165,7 @@ def stnify(
         valid_steps=valid_steps,
         warmup_steps=_warmup(warmup_steps, total_steps),
         response_fraction=response_fraction,
+        antithetic=antithetic,
         entropy_weight=entropy_weight,
         tune_scale=tune_scale,
     )
@@ -193,7 +210,8 @@ def stnify(
         wrapped = STNOptimizer(
             optimizer,
             tunable,
-            response_lr=response_lr,
+            make_response=_response_optimizer(response_optimizer, response_lr, chosen),
+            response_lr=1.0 if response_lr is None else response_lr,
             decays=tuner.decays,
             before_general_step=tuner.before_general_step,
             after_general_step=tuner.after_general_step,
@@ -315,6 +333,25 @@ def _hyper_optimizer(
             f"such as `lambda p: torch.optim.Adam(p, lr=0.01)`, but it returned {made!r}."
         )
     return made
+
+
+def _response_optimizer(
+    make: MakeOptimizer | None, response_lr: float | None, method: Method
+) -> MakeOptimizer | None:
+    """Return what makes the optimizer of the response parameters; None for the user's kind."""
+    if make is not None and response_lr is not None:
+        raise UsageError(
+            f"give either `response_optimizer` or `response_lr`, but got both: "
+            f"response_lr={response_lr} means the same kind of optimizer as the model's."
+        )
+    if make is not None and not callable(make):
+        raise UsageError(
+            f"`response_optimizer` must be a function from param groups to an optimizer, such as "
+            f"`lambda groups: torch.optim.Adam(groups, lr=3e-3)`, but got {type(make).__name__}."
+        )
+    if make is None and (response_lr is not None or not method.centred):
+        return None
+    return make or partial(Adam, lr=RESPONSE_LR)
 
 
 CROSSING = 12.0

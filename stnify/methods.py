@@ -40,6 +40,7 @@ class Cadence:
         valid_steps: Validation steps each time.
         warmup_steps: Training steps before the first validation step.
         response_fraction: Leading part of each batch that the response step uses.
+        antithetic: Whether it uses each example twice, with opposite perturbations.
         entropy_weight: tau.
         tune_scale: Whether sigma moves.
     """
@@ -48,6 +49,7 @@ class Cadence:
     valid_steps: int = 1
     warmup_steps: int = 100
     response_fraction: float = 1.0
+    antithetic: bool = True
     entropy_weight: float = 1e-3
     tune_scale: bool = True
 

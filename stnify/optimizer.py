@@ -29,6 +29,12 @@ _HOOKS = (
     "_optimizer_load_state_dict_post_hooks",
 )
 
+OWN, HIGHEST = "own_lr", "highest_general_lr"
+"""Keys of a response group that has an optimizer of another kind than its general group."""
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+"""Param groups to their optimizer."""
+
 Decays = Mapping[nn.Parameter, float | Tensor]
 """What tuned decay adds to gradients: a coefficient of the parameter, or the gradient itself."""
 
@@ -37,14 +43,16 @@ class STNOptimizer(Optimizer):
     """Steps the user's optimizer, then runs ``after_general_step``.
 
     ``param_groups`` and ``state`` show the user's groups, and behind them a response group for each
-    that holds a weight with a response: the same kind of optimizer, no weight decay. Before a step
-    each response group takes its general group's settings, learning rate times ``response_lr``, so
-    that schedulers move both, also a scheduler that was built on the wrapped optimizer.
+    that holds a weight with a response. Schedulers move both, also one that was built on the
+    wrapped optimizer: before a step the learning rate of each response group is its own, times the
+    general group's over the highest that has been so far.
 
     Args:
         base: The user's optimizer.
         model: What it trains.
-        response_lr: Learning rate of the response parameters relative to the general ones.
+        make_response: Returns the optimizer of the response parameters from their groups; None for
+            the same kind as ``base``, with its settings, no weight decay, and ``response_lr``.
+        response_lr: Learning rate relative to the general one, for the same kind of optimizer.
         decays: Returns what tuned weight decay adds to gradients.
         before_general_step: Called first; raises if the loop missed a call.
         after_general_step: Called last, with the optimizer of the response parameters.
@@ -57,7 +65,8 @@ class STNOptimizer(Optimizer):
         base: Optimizer,
         model: TunableModule,
         *,
-        response_lr: float,
+        make_response: MakeOptimizer | None,
+        response_lr: float = 1.0,
         decays: Callable[[], Decays],
         before_general_step: Callable[[], None],
         after_general_step: Callable[[Optimizer], None],
@@ -68,7 +77,11 @@ class STNOptimizer(Optimizer):
             group.setdefault(ROLE, "general")
         groups, self._sources = _response_groups(base, model)
         self.base = base
-        self.response = _twin(base, groups)
+        self._is_twin = make_response is None or not groups
+        if make_response is None or not groups:
+            self.response = _twin(base, groups)
+        else:
+            self.response = _made(make_response, groups)
         self._response_lr = response_lr
         self._decays = decays
         self._before = before_general_step
@@ -170,12 +183,17 @@ class STNOptimizer(Optimizer):
         return torch.add(gradient, parameter.detach(), alpha=decay, out=buffer)
 
     def synchronise(self) -> None:
-        """Copy each general group's settings to its response group."""
+        """Let each response group follow its general group's settings, or learning rate."""
         for source, group in zip(self._sources, self.response.param_groups, strict=True):
             general = self.base.param_groups[source]
-            group.update(_settings(self.base, general))
-            if "lr" in general:
-                group["lr"] = general["lr"] * self._response_lr
+            if self._is_twin:
+                group.update(_settings(self.base, general))
+                if "lr" in general:
+                    group["lr"] = general["lr"] * self._response_lr
+            elif "lr" in general:
+                now = float(general["lr"])
+                highest = group[HIGHEST] = max(group[HIGHEST], now)
+                group["lr"] = group[OWN] * (now / highest if highest else 1.0)
 
 
 def refuse_unusable(optimizer: object, model: TunableModule) -> None:
@@ -229,6 +247,28 @@ def _response_groups(
         group.update(params=members[source], lr=general.get("lr"), weight_decay=0.0)
         groups.append({**group, ROLE: "response"})
     return groups, sources
+
+
+def _made(make: MakeOptimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """Return an optimizer of another kind over ``groups``, which keep their roles.
+
+    Raises:
+        UsageError: ``make`` did not return an optimizer of all the parameters it was given.
+    """
+    made = make([{"params": group["params"], ROLE: group[ROLE]} for group in groups])
+    given = [id(parameter) for group in groups for parameter in group["params"]]
+    held = getattr(made, "param_groups", [])
+    if not isinstance(made, Optimizer) or len(held) != len(groups):
+        raise UsageError(
+            f"`response_optimizer` must return a torch.optim.Optimizer with the {len(groups)} "
+            f"groups it is given, such as `lambda groups: torch.optim.Adam(groups, lr=3e-3)`, but "
+            f"it returned {made!r}."
+        )
+    if given != [id(parameter) for group in held for parameter in group["params"]]:
+        raise UsageError("`response_optimizer` must keep the parameters of the groups it is given.")
+    for group in held:
+        group.update({OWN: float(group.get("lr", 1.0)), HIGHEST: 0.0})
+    return made
 
 
 def _settings(base: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:

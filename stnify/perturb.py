@@ -50,6 +50,13 @@ def training_perturbation(
     return Perturbation(epsilon if centred else perturbed, space.constrain(perturbed))
 
 
+@torch.no_grad()
+def opposite(perturbation: Perturbation, space: HyperparameterSpace) -> Perturbation:
+    """Return the centred training perturbation with ``-epsilon`` in the place of ``epsilon``."""
+    epsilon = -perturbation.response_input
+    return Perturbation(epsilon, space.constrain(space.unconstrained + epsilon))
+
+
 def validation_perturbation(
     space: HyperparameterSpace,
     batch: int,

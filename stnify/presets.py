@@ -1,4 +1,4 @@
-"""1a. The hyperparameters of the papers' experiments, each set as one list of declarations.
+"""1a. The papers' experiments: their hyperparameters as lists of declarations, and their settings.
 
 Pass a list as it is or with declarations of your own added, as in
 ``stnify(model, [*presets.cifar_resnet18(), WeightDecay()], ...)``. Ranges and starts are those of
@@ -13,6 +13,10 @@ at the input it drops single numbers here and whole colours there.
 """
 
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import RMSprop
 
 from stnify.declare import (
     ActivationPenalty,
@@ -36,6 +40,7 @@ __all__ = [
     "cifar_vgg16",
     "fashion_mnist_cnn",
     "mnist_mlp",
+    "paper",
     "penn_treebank_lstm",
 ]
 
@@ -50,6 +55,37 @@ VGG16 = tuple(f"features.{i}" for i in (1, 3, 6, 8, 11, 13, 15, 18, 20, 22, 25, 
 """Activations behind convolutions; torchvision and timm number them alike."""
 
 Declarations = list[Declaration | Group]
+
+
+def paper() -> dict[str, Any]:
+    """Return the settings of [DeltaSTN] for ``stnify``, where its defaults differ or may change.
+
+    The response step takes the whole batch, each example once, with the same kind of optimizer and
+    the same learning rate as the general step; lambda moves by RMSprop with learning rate 0.01.
+    They are made for runs of 100,000 steps.
+
+    Example:
+        ``stnify(model, hparams, optimizer=optimizer, ..., **presets.paper())``
+
+    Source: [DeltaSTN] Algorithm 1, H.2.
+    """
+    return {
+        "method": "delta",
+        "response": "full",
+        "response_fraction": 1.0,
+        "antithetic": False,
+        "response_lr": 1.0,
+        "train_steps": 5,
+        "valid_steps": 1,
+        "scale": 1.0,
+        "tune_scale": True,
+        "entropy_weight": 1e-3,
+        "hyper_optimizer": _paper_hyper_optimizer,
+    }
+
+
+def _paper_hyper_optimizer(parameters: list[Tensor]) -> RMSprop:
+    return RMSprop(parameters, lr=0.01)
 
 
 def mnist_mlp(hidden: Pattern = ("2", "4")) -> Declarations:

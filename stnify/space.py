@@ -25,7 +25,7 @@ class Column:
         name: Unique.
         init: Start, constrained units.
         range: Open interval, constrained units.
-        scale: Initial sigma, unconstrained units.
+        scale: Initial sigma, unconstrained units; None if it follows the value.
         per_example: Whether rows of a batch are perturbed independently.
         kind: Class name of the declaration it came from.
     """
@@ -33,18 +33,19 @@ class Column:
     name: str
     init: float
     range: tuple[float, float]
-    scale: float
+    scale: float | None
     per_example: bool
     kind: str
 
     @classmethod
-    def of(cls, declaration: Declaration, name: str, init: float, scale: float) -> "Column":
+    def of(cls, declaration: Declaration, name: str, init: float, scale: float | None) -> "Column":
         """Resolve ``declaration`` under ``name``; its own ``init`` and ``scale`` come first."""
+        own = scale if declaration.scale is None else declaration.scale
         return cls(
             name=name,
             init=float(init if declaration.init is None else declaration.init),
             range=declaration.range,
-            scale=float(scale if declaration.scale is None else declaration.scale),
+            scale=None if own is None else float(own),
             per_example=declaration.per_example,
             kind=type(declaration).__name__,
         )
@@ -53,6 +54,18 @@ class Column:
     def transform(self) -> Transform:
         """Bijection from unconstrained to constrained units; ``.inv`` goes back."""
         return _bijection(*self.range)
+
+    @property
+    def follows(self) -> bool:
+        """Whether sigma depends on the value: so it was asked, and the range has two ends."""
+        return self.scale is None and all(map(math.isfinite, self.range))
+
+
+SPREAD = 0.25
+"""How far one sigma reaches, as a part of the range, where sigma follows the value."""
+
+FOLLOWING = (0.5, 2.5)
+"""Smallest and largest sigma that follows a value, unconstrained units."""
 
 
 @cache
@@ -89,9 +102,11 @@ class HyperparameterSpace(nn.Module):
         self.register_buffer("_current", torch.zeros_like(self.unconstrained), persistent=False)
         self._current_key: tuple[int, int] | None = None
         self._values: dict[str, float] | None = None
+        self._following = [i for i, column in enumerate(columns) if column.follows]
         self.set_values({column.name: column.init for column in columns})
-        scales = torch.tensor([c.scale for c in columns], dtype=torch.float64)
-        self.raw_scale.data.copy_(scales + torch.log(-torch.expm1(-scales)))  # softplus inverse
+        scales = [1.0 if column.scale is None else column.scale for column in columns]
+        self.raw_scale.data.copy_(_softplus_inverse(torch.tensor(scales, dtype=torch.float64)))
+        self.follow_values()
         self.active: Tensor | None = None
         self.read: set[str] = set()
 
@@ -122,6 +137,19 @@ class HyperparameterSpace(nn.Module):
     def refresh(self) -> None:
         """Compute ``current`` anew when it is next read, however lambda was moved."""
         self._current_key = None
+
+    @torch.no_grad()
+    def follow_values(self) -> None:
+        """Set each sigma that follows its value, so that it reaches as far anywhere in the range.
+
+        Near an end of the range a sigma of one hardly moves the value: what a response is learned
+        from there drowns in noise. Sigma is a quarter of the range, in unconstrained units:
+        ``0.25 / (u (1 - u))``, ``u`` the part of the range below the value, within ``FOLLOWING``.
+        """
+        if self._following:
+            share = self.unconstrained[self._following].sigmoid()
+            scales = (SPREAD / (share * (1 - share))).clamp(*FOLLOWING)
+            self.raw_scale[self._following] = _softplus_inverse(scales)
 
     def constrain(self, unconstrained: Tensor) -> Tensor:
         """Map ``(..., h)`` unconstrained to constrained units, differentiably: ``s`` of F.1."""
@@ -172,6 +200,7 @@ class HyperparameterSpace(nn.Module):
         moved = {name: self._unconstrained_value(name, value) for name, value in values.items()}
         for name, unconstrained in moved.items():
             self.unconstrained[self.index(name)] = unconstrained
+        self.follow_values()
 
     def _unconstrained_value(self, name: str, value: float) -> Tensor:
         column = self.columns[self.index(name)]
@@ -233,6 +262,10 @@ class HyperparameterSpace(nn.Module):
         space = cls(columns, dtype, device)
         space.set_values({entry["name"]: entry["value"] for entry in entries})
         return space
+
+
+def _softplus_inverse(values: Tensor) -> Tensor:
+    return values + torch.log(-torch.expm1(-values))
 
 
 def _json_end(end: float) -> float | None:

@@ -19,6 +19,7 @@ from stnify.objective import Objective
 from stnify.perturb import (
     Drawn,
     Perturbation,
+    opposite,
     training_perturbation,
     validation_perturbation,
 )
@@ -54,6 +55,7 @@ def response_step(
     *,
     linearized: bool = True,
     fraction: float = 1.0,
+    antithetic: bool = False,
     forward: Forward | None = None,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> StepResult:
@@ -68,24 +70,33 @@ def response_step(
         objective: Training loss.
         linearized: First-order predictions ([DeltaSTN] 3.13) or the perturbed weights' own (3.10).
         fraction: Leading part of each batch that is used.
+        antithetic: Use each example twice, perturbed by epsilon and by -epsilon under the same
+            noise. What does not depend on epsilon then cancels from the gradient instead of
+            drowning what does; its expectation stays.
         forward: Compiled stand-in for the forward function.
         buffers: Tensors to overwrite with the gradients, by parameter; fresh ones by default.
     """
     eager = linearized_forward if linearized else perturbed_forward
     forwards = forward or eager, eager
-    parameters = model.response_parameters()
+    space, parameters = model.hyperparameters, model.response_parameters()
     sizes = [_part(_examples(batch), fraction) for batch in batches]
     losses: list[Tensor] = []
     with _gradients_taken(parameters, buffers) as gradients:
         for batch, size in zip(batches, sizes, strict=True):
             share = size / max(sum(sizes), 1)
             batch = first_rows(to_device(batch, model), size)
-            perturbation = training_perturbation(model.hyperparameters, size)
-            with _running(model, forwards, perturbation, perturbation.constrained):
-                loss = objective.training(model, batch)
-            torch.autograd.backward(share * loss, inputs=list(parameters.values()))
-            objective.add_decay_gradients(model, perturbation, share)
-            losses.append(share * loss.detach())
+            pair = [training_perturbation(space, size)]
+            if antithetic:
+                share /= 2
+                pair.append(opposite(pair[0], space))
+            rewind = model._stream.rewinder()
+            for perturbation in pair:
+                rewind()
+                with _running(model, forwards, perturbation, perturbation.constrained):
+                    loss = objective.training(model, batch)
+                torch.autograd.backward(share * loss, inputs=list(parameters.values()))
+                objective.add_decay_gradients(model, perturbation, share)
+                losses.append(share * loss.detach())
     return StepResult(torch.stack(losses).sum(), gradients)
 
 

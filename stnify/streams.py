@@ -5,7 +5,7 @@ active the global generators run from that state, so that any operation (dropout
 data loader's shuffle, compiled kernels) draws from it; afterwards the global state is put back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,19 @@ class RandomStream:
             for device in devices:
                 self._states[str(device)] = _get_state(device)
                 _set_state(device, before[device])
+
+    def rewinder(self) -> Callable[[], None]:
+        """Return a function after which the same numbers are drawn as from now on.
+
+        For use while the stream is active.
+        """
+        now = {device: _get_state(device) for device in self._devices()}
+
+        def rewind() -> None:
+            for device, state in now.items():
+                _set_state(device, state)
+
+        return rewind
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the generator states, by device name."""

@@ -2,8 +2,10 @@
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ from stnify.verify import set_layouts, verify
 BASELINE_MEMORY = 0.9
 """Weight of the past in the running mean of the validation loss."""
 
+RECENT = 64
+"""Validation steps whose hypergradients are kept for a diagnosis."""
+
 _COUNTED = {"validation": "validation_steps", "response": "training_steps"}
 
 
@@ -50,6 +55,9 @@ class Tuner:
         observed: Training batches since the last step.
         layouts: Row layout in words by site, once it has been measured.
         flops: Cost of an example before and after, by hyper layer, once it has been measured.
+        recent: Latest hypergradients, ``(h,)`` each.
+        latest_training: Batches of the last general step.
+        latest_validation: Batch of the last validation step, if there was one.
     """
 
     model: TunableModule
@@ -69,6 +77,9 @@ class Tuner:
     observed: list[Any] = field(default_factory=list)
     layouts: dict[str, str] = field(default_factory=dict)
     flops: dict[str, tuple[int, int]] = field(default_factory=dict)
+    recent: deque[Tensor] = field(default_factory=partial(deque, maxlen=RECENT))
+    latest_training: Sequence[Any] = ()
+    latest_validation: Any = None
 
     def __post_init__(self) -> None:
         self._baseline: float | None = None
@@ -242,6 +253,7 @@ class Tuner:
             optimizer: Of the response parameters.
         """
         batches, self.observed = self.observed, []
+        self.latest_training = batches
         self._versions.clear()
         if self._uncentred is not None:
             self._uncentred.forget(self.model.hyperparameters)
@@ -270,6 +282,7 @@ class Tuner:
                 self.objective,
                 linearized=self.method.response == "linearized",
                 fraction=self.cadence.response_fraction,
+                antithetic=self.cadence.antithetic,
                 forward=self.forwards.get("response"),
                 buffers=self._buffers(),
             )
@@ -309,6 +322,7 @@ class Tuner:
         """
         space = self.model.hyperparameters
         known, space.read = space.read, set()
+        self.latest_validation = batch
         try:
             with self.stream.active(), torch.enable_grad():
                 result = validation_step(
@@ -335,9 +349,11 @@ class Tuner:
     def _move(self, result: StepResult) -> None:
         space = self.model.hyperparameters
         space.unconstrained.grad = result.gradients["unconstrained"]
+        self.recent.append(result.gradients["unconstrained"].clone())
         space.raw_scale.grad = result.gradients["raw_scale"] if self.cadence.tune_scale else None
         self.hyper_optimizer.step()
         self.hyper_optimizer.zero_grad()
+        space.follow_values()
         space.refresh()
 
     def _follow(self, loss: float) -> None:
@@ -406,6 +422,7 @@ class Tuner:
             "layouts": dict(self.layouts),
             "flops": dict(self.flops),
             "baseline": self._baseline,
+            "recent": list(self.recent),
             "read": sorted(self.model.hyperparameters.read),
         }
 
@@ -426,6 +443,8 @@ class Tuner:
         set_layouts(self.model, self.layouts)
         self.flops = dict(state["flops"])
         self._baseline = state["baseline"]
+        self.recent.clear()
+        self.recent.extend(gradient.to(self._centre) for gradient in state["recent"])
         self.model.hyperparameters.read.update(state["read"])
         self.observed = []
 

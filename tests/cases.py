@@ -95,7 +95,10 @@ IDLE = Hyperparameter("idle", 0.5, (0.0, 1.0), penalty=no_penalty)
 
 
 def convert(model: nn.Module, hparams: Any, optimizer: Any = None, **options: Any) -> STN:
-    """Call ``stnify`` with settings that reach every kind of step at once."""
+    """Call ``stnify`` with settings that reach every kind of step at once.
+
+    The response step is the papers', in which noise moves also what has no effect.
+    """
     if optimizer is None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     defaults: dict[str, Any] = {
@@ -105,5 +108,10 @@ def convert(model: nn.Module, hparams: Any, optimizer: Any = None, **options: An
         "warmup_steps": 0,
         "train_steps": 1,
         "seed": 0,
+        "antithetic": False,
+        "response_fraction": 1.0,
+        "scale": 1.0,
     }
+    if "response_optimizer" not in options:
+        defaults["response_lr"] = 1.0
     return stnify(model, hparams, optimizer=optimizer, **{**defaults, **options})

@@ -121,8 +121,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "uncentred",
         "verify",
     },
+    "diagnosis": {"errors", "step", "tuner"},
     "export": {"errors", "tunable"},
     "bundle": {
+        "diagnosis",
         "errors",
         "export",
         "flops",

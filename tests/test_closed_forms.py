@@ -27,6 +27,12 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(params=[False, True], ids=["paper", "antithetic"])
+def settings(request) -> dict[str, bool | float]:
+    """Settings of the response step: the papers', and opposite perturbations."""
+    return {"antithetic": request.param, "response_fraction": 1.0}
+
+
 @pytest.fixture(scope="module")
 def diabetes() -> tuple[Tensor, Tensor]:
     """Ten standardised features and the standardised target of 442 patients."""
@@ -148,7 +154,7 @@ of the gradient is of the order of the residual over the scale."""
 
 
 def tuned_ridge(
-    method: str, decay: WeightDecay, *, learning_rate: float, momentum: float, response_lr: float
+    method: str, decay: WeightDecay, *, learning_rate: float, momentum: float, **settings: float
 ) -> stnify.STN:
     model = nn.Linear(10, 1, bias=False)
     return stnify.stnify(
@@ -157,15 +163,17 @@ def tuned_ridge(
         optimizer=torch.optim.SGD(model.parameters(), learning_rate, momentum),
         criterion=half_mean_square,
         method=method,
-        response_lr=response_lr,
         seed=0,
+        **settings,
     )
 
 
 @pytest.mark.usefixtures("exact_expectations")
-def test_delta_reaches_the_ridge_weight_and_its_jacobian(diabetes):
+def test_delta_reaches_the_ridge_weight_and_its_jacobian(diabetes, settings):
     decay = WeightDecay(init=DECAY, range=LINEAR, scale=WIDE)
-    stn = tuned_ridge("delta", decay, learning_rate=0.4, momentum=0.5, response_lr=1 / WIDE**2)
+    stn = tuned_ridge(
+        "delta", decay, learning_rate=0.4, momentum=0.5, response_lr=1 / WIDE**2, **settings
+    )
     train(stn, repeated(diabetes, 2), 500)
     expected = ridge(*diabetes, DECAY), ridge_jacobian(*diabetes, DECAY)
     # Deterministic gradients converge to rounding error; 500 steps leave about 1e-10.
@@ -195,10 +203,12 @@ def test_stn_reaches_the_biased_weight_and_jacobian(diabetes):
 @pytest.mark.parametrize(
     ("interval", "inner"), [(LINEAR, 1.0), (EXPONENTIAL, DECAY)], ids=["linear", "exponential"]
 )
-def test_delta_reaches_the_jacobian_with_its_own_draws(diabetes, interval, inner):
+def test_delta_reaches_the_jacobian_with_its_own_draws(diabetes, interval, inner, settings):
     """``inner`` is the derivative of the constrained value: one, or exp(lambda)."""
     decay = WeightDecay(init=DECAY, range=interval, scale=NARROW, per_example=False)
-    stn = tuned_ridge("delta", decay, learning_rate=0.1, momentum=0.9, response_lr=1 / NARROW**2)
+    stn = tuned_ridge(
+        "delta", decay, learning_rate=0.1, momentum=0.9, response_lr=1 / NARROW**2, **settings
+    )
     optimum, expected = ridge(*diabetes, DECAY), inner * ridge_jacobian(*diabetes, DECAY)
     stn.model.weight.data.copy_(optimum.t())
     train(stn, diabetes, 1600, anneal=True)
@@ -209,10 +219,23 @@ def test_delta_reaches_the_jacobian_with_its_own_draws(diabetes, interval, inner
     assert relative_error(jacobian(stn), expected * DECAY) > 0.1
 
 
+def test_delta_reaches_the_jacobian_by_default_settings(diabetes):
+    """Adam, opposite perturbations, and the default share of the batch, which holds all here."""
+    decay = WeightDecay(init=DECAY, range=LINEAR, scale=NARROW, per_example=False)
+    stn = tuned_ridge("delta", decay, learning_rate=0.1, momentum=0.9)
+    optimum, expected = ridge(*diabetes, DECAY), ridge_jacobian(*diabetes, DECAY)
+    stn.model.weight.data.copy_(optimum.t())
+    train(stn, repeated(diabetes, 5), 3000, anneal=True)
+    assert torch.allclose(stn.model.weight.t(), optimum, atol=1e-12)
+    # Steps of Adam anneal to nothing; draws leave noise of the order of the scale.
+    assert relative_error(jacobian(stn), expected) < 1e-3
+    assert relative_error(jacobian(stn), expected * DECAY) > 0.1
+
+
 # A dense response ---------------------------------------------------------------------------------
 
 
-def test_a_dense_response_reaches_the_jacobian_of_any_quadratic_loss():
+def test_a_dense_response_reaches_the_jacobian_of_any_quadratic_loss(settings):
     """Theorem 3, Eq. C.9: the best-response Jacobian is ``-A^-1 B``.
 
     A linear layer with one input has one gate for each weight, so that its response
@@ -236,7 +259,9 @@ def test_a_dense_response_reaches_the_jacobian_of_any_quadratic_loss():
         [Hyperparameter(name, value, LINEAR) for name, value in zip(names, start, strict=True)],
         optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
         criterion=quadratic,
+        response_lr=1.0,
         seed=0,
+        **settings,
     )
     train(stn, (torch.ones(64, 1), torch.zeros(64, 1)), 600)
     response = stn.model.weight_responses()["weight"]
@@ -258,7 +283,7 @@ def jacobian_norm(model: nn.Module, batch: tuple[Tensor, Tensor], value: Tensor)
 
 
 @pytest.mark.usefixtures("exact_expectations")
-def test_gates_reach_the_derivative_of_the_best_response_of_a_linear_network(diabetes):
+def test_gates_reach_the_derivative_of_the_best_response_of_a_linear_network(diabetes, settings):
     """[STN] Theorem 2: gates of the principal components, ``d / (d + exp(lambda))``.
 
     ``d`` is the variance of a component. Relative to the weights at lambda_0, which "gate" gates,
@@ -281,6 +306,7 @@ def test_gates_reach_the_derivative_of_the_best_response_of_a_linear_network(dia
         criterion=half_mean_square,
         response="gate",
         response_lr=0.1 / (slow * NARROW**2),
+        **settings,
     )
     train(stn, repeated((inputs, target), 2), 400)
     found = stn.model.weight_responses()["0.weight"].gate.detach()[:, 0]
@@ -332,7 +358,7 @@ def implicit_hypergradient(training, validation, interval) -> Tensor:
 
 
 def tuned_tasks(
-    decay: WeightDecay, *, scale: float, learning_rate: float, momentum: float
+    decay: WeightDecay, *, scale: float, learning_rate: float, momentum: float, **settings: float
 ) -> stnify.STN:
     """Convert for decays of ``DECAYS`` and a hyperparameter optimizer that moves nothing."""
     model = Tasks(8, TASKS)
@@ -345,6 +371,7 @@ def tuned_tasks(
         scale=scale,
         response_lr=1 / scale**2,
         seed=0,
+        **settings,
     )
     stn.hyperparameters.set_values(dict(zip(stn.values(), DECAYS, strict=True)))
     return stn
@@ -357,10 +384,10 @@ def hypergradient(stn: stnify.STN, batch: tuple[Tensor, Tensor], steps: int) -> 
 
 
 @pytest.mark.usefixtures("exact_expectations")
-def test_the_hypergradient_is_the_implicit_one(diabetes):
+def test_the_hypergradient_is_the_implicit_one(diabetes, settings):
     training, validation = (repeated(batch, 2**TASKS) for batch in split_tasks(diabetes))
     decay = WeightDecay(init=1.0, range=LINEAR, per_layer=True)
-    stn = tuned_tasks(decay, scale=WIDE, learning_rate=0.2, momentum=0.8)
+    stn = tuned_tasks(decay, scale=WIDE, learning_rate=0.2, momentum=0.8, **settings)
     assert torch.equal(hypergradient(stn, validation, 1), torch.zeros(TASKS)), "a fresh response"
     train(stn, training, 500)
     found = hypergradient(stn, validation, 1)
@@ -370,10 +397,10 @@ def test_the_hypergradient_is_the_implicit_one(diabetes):
     assert relative_error(found, expected.flip(0)) > 0.1
 
 
-def test_the_hypergradient_is_the_implicit_one_with_its_own_draws(diabetes):
+def test_the_hypergradient_is_the_implicit_one_with_its_own_draws(diabetes, settings):
     training, validation = split_tasks(diabetes)
     decay = WeightDecay(init=1.0, range=EXPONENTIAL, per_layer=True, per_example=False)
-    stn = tuned_tasks(decay, scale=NARROW, learning_rate=0.1, momentum=0.9)
+    stn = tuned_tasks(decay, scale=NARROW, learning_rate=0.1, momentum=0.9, **settings)
     for head, target, value in zip(stn.model.heads, training[1].t(), DECAYS, strict=True):
         head.weight.data.copy_(ridge(training[0], target[:, None], value).t())
     train(stn, training, 1000, anneal=True)

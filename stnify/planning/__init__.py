@@ -31,7 +31,7 @@ def make_plan(
     response: ResponseKind = "full",
     exclude: Pattern = (),
     affine: bool = False,
-    scale: float = 1.0,
+    scale: float | None = 1.0,
     responds: bool = True,
     decays: Mapping[str, float] = MappingProxyType({}),
 ) -> Plan:
@@ -44,7 +44,7 @@ def make_plan(
         response: ``"full"`` or ``"gate"``.
         exclude: Layers that get no response, by pattern or type.
         affine: Whether every other parameter responds as well, such as a norm's.
-        scale: Default perturbation scale, unconstrained units.
+        scale: Default perturbation scale, unconstrained units; None lets it follow the value.
         decays: What the optimizer has for each parameter; where a tuned decay starts.
         responds: False for ``method="fixed"``, where no weight needs a response.
 

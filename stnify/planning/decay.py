@@ -16,7 +16,7 @@ DECAYS = ("WeightDecay", "L1Penalty")
 
 
 def decay_sites(
-    model: nn.Module, declaration: Decay, scale: float, own: Mapping[str, float]
+    model: nn.Module, declaration: Decay, scale: float | None, own: Mapping[str, float]
 ) -> tuple[list[Column], list[DecaySite]]:
     """Return the hyperparameters of ``declaration`` and the weights they decay.
 
@@ -43,7 +43,7 @@ def decay_sites(
 
 
 def weight_noise_sites(
-    model: nn.Module, declaration: WeightNoise, scale: float
+    model: nn.Module, declaration: WeightNoise, scale: float | None
 ) -> tuple[list[Column], list[WeightNoiseSite]]:
     """Return the hyperparameters of ``declaration`` and the weights they disturb.
 

@@ -39,7 +39,7 @@ def found_for(
     model: nn.Module,
     traced: Traced,
     declaration: Declaration,
-    scale: float,
+    scale: float | None,
     own_decays: Mapping[str, float],
 ) -> Found:
     """Return what ``declaration`` acts on; the arguments are those of ``make_plan``.

@@ -95,7 +95,7 @@ class _Place:
 
 
 def noise_sites(
-    model: nn.Module, traced: Traced, declaration: Site, scale: float
+    model: nn.Module, traced: Traced, declaration: Site, scale: float | None
 ) -> tuple[list[Column], list[NoiseSite]]:
     """Return the hyperparameters of ``declaration`` and the sites they control.
 
@@ -249,7 +249,7 @@ def _places_after(
 
 
 def activation_sites(
-    model: nn.Module, traced: Traced, declaration: ActivationTerm, scale: float
+    model: nn.Module, traced: Traced, declaration: ActivationTerm, scale: float | None
 ) -> tuple[list[Column], list[NoiseSite]]:
     """Return the hyperparameters of a penalty on activations and the places they are taken at.
 

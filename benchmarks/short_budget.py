@@ -1,0 +1,258 @@
+"""Short runs: do tuned runs end as good as the best fixed values, from good and from bad starts?
+
+    python -m benchmarks.short_budget --data PATH --jobs 2
+    python -m benchmarks.short_budget --data PATH --tasks mnist_mlp --methods grid default
+
+Every run is one row of the results, written as soon as it is there; rows that are there already are
+not run again, so it goes on where it was interrupted. Tasks are those of ``benchmarks/tasks.py``.
+
+``grid``    five fixed strengths, the same for every hyperparameter
+``default`` the defaults of ``stnify``, from a low, a middle and a high start
+``paper``   ``presets.paper()``, from the same starts
+``replay``  a plain model with the schedule that ``default`` found
+``random``  random search, as many runs as fit in five times the time of ``default``
+``tpe``     Optuna's TPE, likewise
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import optuna
+import torch
+
+from benchmarks.step_cost import circumstances
+from benchmarks.tasks import TASKS, Data, Run, Task, run
+from stnify import History, presets
+from stnify.schedule import Record
+
+RESULTS = Path(__file__).parent / "results" / "short_budget.json"
+STARTS = {"low": 0.05, "middle": 0.35, "high": 0.7}
+GRID = (0.05, 0.2, 0.35, 0.5, 0.7)
+SEARCHED = (0.02, 0.9)
+"""Strengths that searches choose from, for each hyperparameter by itself."""
+
+BUDGETS = (1, 5)
+"""Of searches, in multiples of the time of one tuned run."""
+
+BARS = {"validation": 1.02, "test": 1.04, "fixed start": 1.03}
+"""At most these multiples: of the grid's best, of its test loss, of the start held fixed."""
+
+Row = dict[str, Any]
+
+
+def row(method: str, start: str, found: Run, **more: Any) -> Row:
+    """Return one result."""
+    values = {name: float(f"{value:.4g}") for name, value in found.values.items()}
+    losses = {"validation": round(found.validation, 5), "test": round(found.test, 5)}
+    times = {"seconds": round(found.seconds, 2)}
+    return {"method": method, "start": start, **losses, **times, "values": values, **more}
+
+
+def grid(task: Task, data: Data, seed: int, rows: Sequence[Row]) -> Iterator[Row]:
+    """Hold each strength of the grid."""
+    for strength in GRID:
+        found = run(task, data, seed, strength, {"method": "fixed"})
+        yield row("grid", str(strength), found)
+
+
+def default(task: Task, data: Data, seed: int, rows: Sequence[Row]) -> Iterator[Row]:
+    """Tune by the defaults, from each start, and replay what was found."""
+    yield from _tuned(task, data, seed, "default", {}, replay=True)
+
+
+def paper(task: Task, data: Data, seed: int, rows: Sequence[Row]) -> Iterator[Row]:
+    """Tune by the papers' settings."""
+    yield from _tuned(task, data, seed, "paper", presets.paper(), replay=False)
+
+
+def _tuned(
+    task: Task, data: Data, seed: int, method: str, settings: Mapping[str, Any], *, replay: bool
+) -> Iterator[Row]:
+    for start, strength in STARTS.items():
+        found = run(task, data, seed, strength, settings)
+        yield row(method, start, found)
+        if replay:
+            replayed = {"method": "fixed", "schedule": found.history}
+            yield row("replay", start, run(task, data, seed, strength, replayed))
+
+
+def random(task: Task, data: Data, seed: int, rows: Sequence[Row]) -> Iterator[Row]:
+    """Search at random."""
+    sampler = optuna.samplers.RandomSampler(seed=seed)
+    yield from _searched(task, data, seed, rows, "random", sampler)
+
+
+def tpe(task: Task, data: Data, seed: int, rows: Sequence[Row]) -> Iterator[Row]:
+    """Search by TPE."""
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
+    yield from _searched(task, data, seed, rows, "tpe", sampler)
+
+
+def _searched(
+    task: Task, data: Data, seed: int, rows: Sequence[Row], method: str, sampler: Any
+) -> Iterator[Row]:
+    """Try values until the budget is spent; give the best at each budget."""
+    tuned = [r for r in rows if r["method"] == "default"]
+    if not tuned:
+        raise SystemExit("a search needs the time of `default`: run that first.")
+    limit = median(r["seconds"] for r in tuned)
+    study = optuna.create_study(sampler=sampler)
+    best: Run | None = None
+    spent = 0.0
+    for budget in BUDGETS:
+        while spent < budget * limit:
+            trial = study.ask()
+            strengths = {n: trial.suggest_float(n, *SEARCHED) for n in tuned[0]["values"]}
+            schedule = History([Record(0, _values(task, strengths), {}, float("nan"))])
+            settings = {"method": "fixed", "schedule": schedule}
+            found = run(task, data, seed, GRID[2], settings)
+            study.tell(trial, found.validation)
+            spent += found.seconds
+            if best is None or found.validation < best.validation:
+                best = found
+        assert best is not None
+        yield row(method, f"{budget}x", best, trials=len(study.trials), spent=round(spent, 1))
+
+
+def _values(task: Task, strengths: Mapping[str, float]) -> dict[str, float]:
+    """Return what each hyperparameter starts at if it is declared with its strength."""
+    found = {}
+    for name, strength in strengths.items():
+        owners = [d for d in task.declare(strength) if name == d.name or name.startswith(d.name)]
+        init = max(owners, key=lambda d: len(d.name)).init
+        assert init is not None
+        found[name] = init
+    return found
+
+
+METHODS: dict[str, Callable[[Task, Data, int, Sequence[Row]], Iterator[Row]]] = {
+    "grid": grid,
+    "default": default,
+    "paper": paper,
+    "random": random,
+    "tpe": tpe,
+}
+"""Name to the rows it makes; ``default`` makes those of ``replay`` too."""
+
+
+def one(folder: Path, name: str, method: str, seed: int, rows: Sequence[Row]) -> list[Row]:
+    """Return all rows of one method with one seed."""
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    task = TASKS[name]
+    found = METHODS[method](task, task.load(folder, seed), seed, rows)
+    commit = circumstances(torch.device("cpu"))["commit"]
+    return [{"task": name, "seed": seed, **r, "commit": commit} for r in found]
+
+
+def chosen(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    """Return the rows with these entries."""
+    return [r for r in rows if all(r[key] == value for key, value in wanted.items())]
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Return medians over seeds of each task, method and start, beside the grid's best.
+
+    The grid's best is the strength that is best for that seed, by validation loss.
+    """
+    found = []
+    keys = sorted({(r["task"], r["method"], r["start"]) for r in rows if r["method"] != "grid"})
+    for task, method, start in keys:
+        ratios: dict[str, list[float]] = {
+            "validation": [],
+            "test": [],
+            "fixed start": [],
+            "time": [],
+        }
+        for r in chosen(rows, task=task, method=method, start=start):
+            fixed = chosen(rows, task=task, method="grid", seed=r["seed"])
+            if not fixed:
+                continue
+            best = min(fixed, key=lambda f: f["validation"])
+            ratios["validation"].append(r["validation"] / best["validation"])
+            ratios["test"].append(r["test"] / best["test"])
+            ratios["time"].append(
+                r.get("spent", r["seconds"]) / median(f["seconds"] for f in fixed)
+            )
+            if start in STARTS:
+                same = chosen(fixed, start=str(STARTS[start]))[0]
+                ratios["fixed start"].append(r["validation"] / same["validation"])
+        medians = {key: round(median(v), 3) for key, v in ratios.items() if v}
+        worst = (
+            {"worst seed": round(max(ratios["fixed start"]), 3)} if ratios["fixed start"] else {}
+        )
+        count = len(ratios["validation"])
+        found.append(
+            {"task": task, "method": method, "start": start, "seeds": count, **medians, **worst}
+        )
+    return found
+
+
+def judge(table: Sequence[Row], method: str = "default") -> list[Row]:
+    """Hold the medians of ``method`` against the bars."""
+    return [
+        {"task": r["task"], "start": r["start"], "bar": bar, "limit": limit, "measured": r[bar]}
+        | {"met": r[bar] <= limit}
+        for r in table
+        if r["method"] == method
+        for bar, limit in BARS.items()
+        if bar in r
+    ]
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows, summary and verdicts."""
+    table = summary(rows)
+    report = {
+        **circumstances(torch.device("cpu")),
+        "summary": table,
+        "bars": judge(table),
+        "rows": sorted(rows, key=lambda r: (r["task"], r["method"], r["seed"], r["start"])),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = json.dumps(report, indent=1)
+    path.write_text(lines + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, print the summary, and write everything."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, help="instead of the number each task has")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    rows: list[Row] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    for stage in (("grid", "default", "paper"), ("random", "tpe")):  # searches need a time
+        wanted = [
+            (name, method, seed)
+            for name in options.tasks
+            for method in stage
+            if method in options.methods
+            for seed in range(options.seeds or TASKS[name].seeds)
+            if not chosen(rows, task=name, method=method, seed=seed)
+        ]
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            futures = [
+                pool.submit(one, options.data, *job, chosen(rows, task=job[0], seed=job[2]))
+                for job in wanted
+            ]
+            for future in as_completed(futures):
+                rows += future.result()
+                write(options.out, rows)
+                print(*future.result(), sep="\n", flush=True)
+    write(options.out, rows)
+    for entry in summary(rows):
+        print(entry)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""7c. Whether the hypergradient can be trusted: how sure its sign is, how far ahead it looks."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stnify.errors import UsageError
+from stnify.step import to_device
+from stnify.tuner import Tuner
+
+BLOCKS = 4
+"""Parts of the recent past whose means are compared; the response hardly changes within one."""
+
+SURE = 2.0
+"""Standard errors from zero beyond which the sign of a gradient counts as known."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the recent validation steps say about the hypergradient.
+
+    Attributes:
+        steps: Validation steps it is about.
+        gradients: Mean hypergradient by name, per unconstrained unit.
+        signal_to_noise: Mean over standard deviation of single validation steps, by name.
+        certainty: Mean over its standard error, by name. The error is that of means of a few long
+            blocks, so that it counts what validation steps close in time share: the response's own
+            errors, which single steps cannot show.
+        horizon: Training steps for which the response answers: how many steps at the current
+            learning rate, each with its immediate effect, would change the validation loss as much.
+        horizon_error: Its standard error.
+    """
+
+    steps: int
+    gradients: dict[str, float]
+    signal_to_noise: dict[str, float]
+    certainty: dict[str, float]
+    horizon: float
+    horizon_error: float
+
+    @property
+    def unsure(self) -> list[str]:
+        """Names of the hyperparameters whose direction is not known."""
+        return [name for name, value in self.certainty.items() if not value > SURE]
+
+    def __str__(self) -> str:
+        width = max(map(len, ["hyperparameter", *self.gradients]))
+        lines = [f"{'hyperparameter':{width}}  gradient  signal/noise  certainty"]
+        for name, gradient in self.gradients.items():
+            noise, sure = self.signal_to_noise[name], self.certainty[name]
+            known = "" if sure > SURE else "  direction not known"
+            lines.append(f"{name:{width}}  {gradient:+8.1e}  {noise:12.2f}  {sure:9.2f}{known}")
+        lines.append(
+            f"over {self.steps} validation steps; the response looks about "
+            f"{self.horizon:.3g} training steps ahead (standard error {self.horizon_error:.2g})"
+        )
+        return "\n".join(lines)
+
+
+def diagnose(tuner: Tuner, optimizer: Optimizer, draws: int) -> Diagnosis:
+    """Return how sure and how far-sighted the hypergradient has been lately.
+
+    It costs ``2 * draws`` training passes with their backward pass, and moves nothing: parameters,
+    buffers and random streams are afterwards what they were.
+
+    Args:
+        tuner: After a few validation steps.
+        optimizer: Of the general parameters.
+        draws: Perturbations the horizon is estimated from.
+
+    Raises:
+        UsageError: There were too few validation steps, or no training batch is at hand.
+    """
+    if len(tuner.recent) < 2 * BLOCKS:
+        raise UsageError(
+            f"a diagnosis needs {2 * BLOCKS} validation steps, but there were "
+            f"{len(tuner.recent)}. Train longer, or call `stn.validation_step(batch)`."
+        )
+    if not tuner.latest_training or tuner.latest_validation is None:
+        raise UsageError(
+            "a diagnosis needs the batches of the last steps, but a loaded run has none before its "
+            "first step. Take a training and a validation step first."
+        )
+    gradients = torch.stack(list(tuner.recent))
+    mean, deviation = gradients.mean(0), gradients.std(0)
+    blocks = torch.stack([block.mean(0) for block in gradients.tensor_split(BLOCKS)])
+    error = blocks.std(0) / math.sqrt(BLOCKS)
+    horizon, horizon_error = _horizon(tuner, optimizer, mean, draws)
+    return Diagnosis(
+        len(gradients),
+        _named(tuner, mean),
+        _named(tuner, mean.abs() / deviation),
+        _named(tuner, mean.abs() / error),
+        horizon,
+        horizon_error,
+    )
+
+
+def _named(tuner: Tuner, values: Tensor) -> dict[str, float]:
+    return dict(zip(tuner.model.hyperparameters.names, values.tolist(), strict=True))
+
+
+def _horizon(
+    tuner: Tuner, optimizer: Optimizer, gradient: Tensor, draws: int
+) -> tuple[float, float]:
+    """Regress what ``gradient`` predicts for perturbations on what one training step does to them.
+
+    Returns:
+        The slope through the origin, and its standard error.
+    """
+    space = tuner.model.hyperparameters
+    stream = tuner.stream.state_dict()
+    try:
+        with _restored(tuner.model), tuner.stream.active(), torch.enable_grad():
+            slopes = _validation_slopes(tuner, optimizer)
+            epsilons = space.scale.detach() * torch.randn(draws, len(space.columns)).to(gradient)
+            effects = torch.stack([_effect(tuner, slopes, epsilon) for epsilon in epsilons])
+    finally:
+        tuner.stream.load_state_dict(stream)
+    predicted = epsilons @ gradient
+    size = float(effects.square().sum())
+    if size == 0:
+        return math.inf, math.inf
+    slope = float((predicted * effects).sum()) / size
+    residuals = predicted - slope * effects
+    return slope, math.sqrt(float(residuals.square().sum()) / max(draws - 1, 1) / size)
+
+
+def _validation_slopes(tuner: Tuner, optimizer: Optimizer) -> dict[nn.Parameter, Tensor]:
+    """Return how the validation loss falls with each training gradient, by parameter."""
+    model = tuner.model
+    trained = [p for p in model.general_parameters().values() if p.requires_grad]
+    with model.evaluating():
+        loss = tuner.objective.validation(model, to_device(tuner.latest_validation, model))
+    found = torch.autograd.grad(loss, trained, allow_unused=True)
+    return {
+        parameter: step_sizes(optimizer, parameter) * slope
+        for parameter, slope in zip(trained, found, strict=True)
+        if slope is not None
+    }
+
+
+def step_sizes(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | float:
+    """Return how far a constant small change of the gradient moves ``parameter`` in one step.
+
+    That is the learning rate over one minus the momentum, and over the root of the running mean
+    square of the gradients for optimizers that keep one.
+    """
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    size = float(group.get("lr", 1.0)) / (1 - float(group.get("momentum", 0.0) or 0.0))
+    state = optimizer.state.get(parameter, {})
+    if "exp_avg_sq" not in state:
+        return size
+    _, memory = group["betas"]
+    square = state["exp_avg_sq"] / (1 - memory ** float(state["step"]))
+    return size / (square.sqrt() + group["eps"])
+
+
+def _effect(tuner: Tuner, slopes: dict[nn.Parameter, Tensor], epsilon: Tensor) -> Tensor:
+    """Return what ``epsilon`` changes in one training step's effect on the validation loss, ``()``.
+
+    Half the difference between ``epsilon`` and its opposite under the same noise.
+    """
+    rewind = tuner.stream.rewinder()
+    sides = []
+    for sign in (1, -1):
+        rewind()
+        with _moved(tuner, sign * epsilon):
+            sides.append(_projected(tuner, slopes))
+    return (sides[1] - sides[0]) / 2
+
+
+@contextmanager
+def _moved(tuner: Tuner, change: Tensor) -> Iterator[None]:
+    """Put lambda elsewhere while the body runs."""
+    space = tuner.model.hyperparameters
+    before = space.unconstrained.detach().clone()
+    try:
+        with torch.no_grad():
+            space.unconstrained.add_(change)
+        yield
+    finally:
+        with torch.no_grad():
+            space.unconstrained.copy_(before)
+
+
+def _projected(tuner: Tuner, slopes: dict[nn.Parameter, Tensor]) -> Tensor:
+    """Return the inner product of the training gradient, tuned decay included, with ``slopes``."""
+    model, batches = tuner.model, tuner.latest_training
+    losses = [tuner.objective.training(model, to_device(batch, model)) for batch in batches]
+    loss = torch.stack(losses).mean()
+    found = torch.autograd.grad(loss, list(slopes), allow_unused=True)
+    total = torch.zeros((), dtype=torch.float64, device=loss.device)
+    for (parameter, slope), gradient in zip(slopes.items(), found, strict=True):
+        if gradient is not None:
+            total += (gradient * slope).sum().double()
+        decay = tuner.decays().get(parameter)
+        if decay is not None:
+            change = decay if isinstance(decay, Tensor) and decay.ndim else decay * parameter
+            total += (change * slope).sum().detach().double()
+    return total
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Run the body in train mode on copies of the buffers."""
+    holders = [(module, dict(module._buffers)) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
+    for module, buffers in holders:
+        for name, buffer in buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.clone()
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for module, buffers in holders:
+            module._buffers.update(buffers)
+        for module, training in modes:
+            module.training = training

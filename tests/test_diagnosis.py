@@ -1,0 +1,171 @@
+"""What a diagnosis says, against runs where it is known, and that it changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from cases import batches, convert, convolutional_network, perceptron, train
+from torch import nn
+from torch.optim import SGD, Adam, AdamW
+
+from stnify import Dropout, Hyperparameter, UsageError, WeightDecay, stnify
+from stnify.diagnosis import step_sizes
+
+DROPOUT = Dropout(after="1", init=0.3)
+
+
+def test_training_goes_on_as_if_nothing_had_been_asked():
+    torch.manual_seed(0)
+    model = convolutional_network()
+    runs = []
+    for asked in (False, True):
+        torch.manual_seed(1)
+        hparams = [Dropout(after="3", init=0.3), WeightDecay()]
+        stn = convert(copy.deepcopy(model), hparams, train_loader=batches(shuffle=True))
+        train(*stn, 10, criterion=stn.criterion)
+        if asked:
+            assert stn.diagnose().steps == 10
+            assert stn.model.training
+        train(*stn, 5, criterion=stn.criterion)
+        runs.append((stn.model.state_dict(), stn.history.to_dict()))
+    (left, left_history), (right, right_history) = runs
+    assert left_history == right_history
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_gradients_are_the_mean_over_recent_validation_steps():
+    stn = convert(perceptron(), [DROPOUT, WeightDecay()])
+    train(*stn, 9, criterion=stn.criterion)
+    valid = next(iter(batches(seed=2)))
+    start = stn._tuner.recent.copy()
+    more = [stn.validation_step(valid).gradients["unconstrained"] for _ in range(3)]
+    gradients = torch.stack([*start, *more])
+    found = stn.diagnose()
+    assert found.steps == 12
+    assert torch.tensor(list(found.gradients.values())).allclose(gradients.mean(0))
+    noise = gradients.mean(0).abs() / gradients.std(0)
+    assert torch.tensor(list(found.signal_to_noise.values())).allclose(noise)
+    assert list(found.gradients) == list(stn.values())
+
+
+def test_a_state_keeps_what_a_diagnosis_looks_at():
+    stn = convert(perceptron(), [DROPOUT])
+    train(*stn, 9, criterion=stn.criterion)
+    fresh = convert(perceptron(), [DROPOUT])
+    fresh.load_state_dict(stn.state_dict())
+    with pytest.raises(UsageError, match="a loaded run has none before its first step"):
+        fresh.diagnose()
+    train(*fresh, 1, criterion=fresh.criterion)
+    assert fresh.diagnose().steps == 10
+
+
+def straight(prediction, target):
+    return (prediction * target).sum(-1).mean()
+
+
+class Shifted(nn.Module):
+    """Predicts one weight, whatever the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1, bias=False)
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+
+def pull(model, batch, value):
+    """A penalty whose gradient in the weight is the hyperparameter itself."""
+    return (value * model(batch[0])[:, 0]).mean()
+
+
+@pytest.mark.parametrize("steps", [4, 12])
+def test_the_horizon_is_the_number_of_steps_the_response_was_learned_for(steps):
+    """A flat loss, so that each step adds the same to the response: its age is its horizon.
+
+    The general gradient is ``lambda``, so one step with rate ``a`` moves the weight by
+    ``-a lambda``; the response is put to what ``steps`` such steps would make it.
+    """
+    torch.manual_seed(0)
+    rate, batch = 0.1, (torch.ones(8, 1), torch.ones(8, 1))
+    model = Shifted()
+    stn = stnify(
+        model,
+        [Hyperparameter("pull", 0.0, scale=0.1, penalty=pull)],
+        optimizer=SGD(model.parameters(), rate),
+        criterion=straight,
+        hyper_optimizer=lambda parameters: SGD(parameters, 0.0),
+        response_optimizer=lambda groups: SGD(groups, 0.0),
+        seed=0,
+    )
+    stn.step(batch)
+    response = stn.model.weight_responses()["layer.weight"]
+    response.response.data.fill_(1.0)
+    response.gate.data.fill_(-rate * steps)
+    for _ in range(8):
+        stn.validation_step(batch)
+    found = stn.diagnose()
+    assert found.horizon == pytest.approx(steps, rel=1e-4)  # float32
+    assert found.horizon_error < 1e-3 * steps
+    assert found.unsure == []
+    response.gate.data.mul_(-1)
+    for _ in range(64):
+        stn.validation_step(batch)
+    assert stn.diagnose().horizon == pytest.approx(-steps, rel=1e-4), "the wrong way"
+
+
+def test_noise_is_not_taken_for_a_direction():
+    """Without any effect of the hyperparameter, the gradient's sign is chance."""
+    torch.manual_seed(0)
+    idle = Hyperparameter("idle", 0.5, (0.0, 1.0), penalty=lambda model, batch, value: 0.0 * value)
+    stn = convert(perceptron(), [idle], hyper_optimizer=lambda p: SGD(p, 0.0), train_steps=5)
+    train(*stn, 300, criterion=stn.criterion)
+    found = stn.diagnose()
+    # Three degrees of freedom: the chance of six standard errors is one in a hundred.
+    assert found.certainty["idle"] < 6
+    assert "training steps ahead" in str(found)
+
+
+def test_the_table_says_which_directions_are_not_known():
+    stn = convert(perceptron(), [DROPOUT, WeightDecay()])
+    train(*stn, 12, criterion=stn.criterion)
+    found = stn.diagnose(draws=2)
+    text = str(found)
+    assert all(name in text for name in stn.values())
+    assert text.count("direction not known") == len(found.unsure)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda p: SGD(p, 0.1), 0.1),
+        (lambda p: SGD(p, 0.1, momentum=0.9), 1.0),
+        (lambda p: Adam(p, 0.1, eps=0.0), 0.1 / 2.0),
+        (lambda p: AdamW(p, 0.1, eps=0.0), 0.1 / 2.0),
+    ],
+)
+def test_step_sizes_are_what_a_small_constant_change_of_gradient_moves(make, expected):
+    """Of a weight whose gradient has been 2 for long: the change is a hundred-thousandth of it."""
+    moved = []
+    for change in (0.0, 2e-5):
+        parameter = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        optimizer = make([parameter])
+        for _ in range(200):
+            parameter.grad = torch.full_like(parameter, 2.0)
+            optimizer.step()
+        size = step_sizes(optimizer, parameter)
+        before = parameter.detach().clone()
+        parameter.grad = torch.full_like(parameter, 2.0 + change)
+        optimizer.step()
+        moved.append(before - parameter.detach())
+    assert float(size) == pytest.approx(expected, rel=1e-6)
+    assert float(moved[1] - moved[0]) > 0
+
+
+def test_a_diagnosis_needs_steps_to_look_back_on():
+    stn = convert(perceptron(), [DROPOUT])
+    train(*stn, 3, criterion=stn.criterion)
+    with pytest.raises(UsageError, match="needs 8 validation steps, but there were 3"):
+        stn.diagnose()
+    with pytest.raises(UsageError, match="`draws >= 2` must hold, but got draws=1"):
+        stn.diagnose(draws=1)
