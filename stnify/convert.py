@@ -105,7 +105,7 @@ def stnify(
             that is known, else 100.
         total_steps: Length of the run in training steps; sets the warm-up and lambda's step size.
         scale: Initial perturbation scale sigma, unconstrained units. None lets it follow the value
-            where the range has two ends, so that it reaches a quarter of the range; else it is 1.
+            where the range has two ends, so that it reaches a fifth of the range; else it is 1.
         tune_scale: Whether sigma moves by its gradient, where it does not follow the value.
         entropy_weight: tau, which keeps sigma from collapsing.
         hyper_optimizer: ``[lambda, sigma] -> optimizer``; RMSprop by default, learning rate 0.01,

@@ -61,10 +61,10 @@ class Column:
         return self.scale is None and all(map(math.isfinite, self.range))
 
 
-SPREAD = 0.25
+SPREAD = 0.2
 """How far one sigma reaches, as a part of the range, where sigma follows the value."""
 
-FOLLOWING = (0.5, 2.5)
+FOLLOWING = (0.5, 2.0)
 """Smallest and largest sigma that follows a value, unconstrained units."""
 
 
@@ -143,8 +143,8 @@ class HyperparameterSpace(nn.Module):
         """Set each sigma that follows its value, so that it reaches as far anywhere in the range.
 
         Near an end of the range a sigma of one hardly moves the value: what a response is learned
-        from there drowns in noise. Sigma is a quarter of the range, in unconstrained units:
-        ``0.25 / (u (1 - u))``, ``u`` the part of the range below the value, within ``FOLLOWING``.
+        from there drowns in noise. Sigma is a fifth of the range, in unconstrained units:
+        ``0.2 / (u (1 - u))``, ``u`` the part of the range below the value, within ``FOLLOWING``.
         """
         if self._following:
             share = self.unconstrained[self._following].sigmoid()
