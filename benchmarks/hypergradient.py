@@ -27,7 +27,6 @@ tuned how, so one truth serves all settings; what is in a results file is not do
 """
 
 import argparse
-import gzip
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,18 +35,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
 
 from benchmarks.step_cost import RESULTS, circumstances
+from benchmarks.tasks import Data, Task, fashion_mnist, image_mlp, mnist, momentum, three_dropouts
 from benchmarks.truth import (
     FLOWS,
     Course,
-    Data,
-    Task,
     branches,
     drifts,
     held,
@@ -56,18 +52,10 @@ from benchmarks.truth import (
     mixed,
     reseed,
 )
-from stnify import Declaration, Dropout, WeightDecay
+from stnify import Declaration, Dropout, WeightDecay, presets
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "method": "delta",
-        "response": "full",
-        "response_fraction": 1.0,
-        "response_lr": 1.0,
-        "train_steps": 5,
-        "valid_steps": 1,
-        "scale": 1.0,
-    },
+    "paper": presets.paper(),
     "default": {},
     "gate": {"response": "gate"},
 }
@@ -126,7 +114,7 @@ class Groups(nn.Module):
         return torch.stack(predictions).sum(0)
 
 
-def diabetes(folder: Path) -> Data:
+def diabetes(folder: Path, seed: int) -> Data:
     """Return principal components of scikit-learn's 442 patients; ``folder`` is not read.
 
     They are those of the training part, so no weight's optimum depends on another's decay: a
@@ -135,37 +123,11 @@ def diabetes(folder: Path) -> Data:
     arrays = load_diabetes(return_X_y=True)
     inputs, targets = (torch.from_numpy(array).double() for array in arrays)
     inputs, targets = inputs / inputs.std(0), (targets - targets.mean())[:, None] / targets.std()
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-    train, valid, _ = order.split([300, 100, 42])
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
+    train, valid, test = order.split([300, 100, 42])
     _, directions = torch.linalg.eigh(inputs[train].t() @ inputs[train])
     inputs = inputs @ directions
-    return Data((inputs[train], targets[train]), (inputs[valid], targets[valid]))
-
-
-def idx(path: Path) -> Tensor:
-    """Return an array of the MNIST format, gzipped."""
-    content = gzip.decompress(path.read_bytes())
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", dimensions, offset=4).tolist()
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
-    return torch.from_numpy(values.copy()).reshape(shape)
-
-
-def images(name: str) -> Callable[[Path], Data]:
-    """Return a loader of 5,000 + 1,000 training images of 28x28, in [0, 1]."""
-
-    def load(folder: Path) -> Data:
-        raw = folder / name / "raw"
-        pixels = idx(raw / "train-images-idx3-ubyte.gz")
-        labels = idx(raw / "train-labels-idx1-ubyte.gz").long()
-        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-        train, valid = order[:5000], order[5000:6000]
-        return Data(
-            (pixels[train][:, None].float() / 255, labels[train]),
-            (pixels[valid][:, None].float() / 255, labels[valid]),
-        )
-
-    return load
+    return Data(*((inputs[part], targets[part]) for part in (train, valid, test)))
 
 
 class HalfSquare(nn.Module):
@@ -174,22 +136,6 @@ class HalfSquare(nn.Module):
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return ``()``."""
         return 0.5 * (prediction - target).square().sum(-1).mean()
-
-
-def image_mlp() -> nn.Module:
-    """Return a perceptron of two hidden layers of 400."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(),
-        nn.Linear(400, 10),
-    )  # fmt: skip
-
-
-def three_dropouts(strength: float) -> list[Declaration]:
-    """Declare dropout at the input and behind both hidden layers."""
-    return [
-        Dropout("input_dropout", at="input", init=strength, range=(0, 0.95)),
-        Dropout(after=("2", "4"), per_layer=True, init=strength, range=(0, 0.95)),
-    ]
 
 
 def small_cnn() -> nn.Module:
@@ -211,11 +157,6 @@ def rates_and_decay(strength: float) -> list[Declaration]:
     ]
 
 
-def momentum(lr: float) -> Callable[[Any], Optimizer]:
-    """Return a maker of SGD with momentum 0.9."""
-    return lambda parameters: SGD(parameters, lr=lr, momentum=0.9)
-
-
 PROBLEMS: dict[str, Problem] = {
     "ridge": Problem(
         Task(
@@ -235,7 +176,7 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "mnist_mlp": Problem(
         Task(
-            images("MNIST"),
+            mnist,
             image_mlp,
             three_dropouts,
             momentum(0.03),
@@ -247,7 +188,7 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "fashion_cnn": Problem(
         Task(
-            images("FashionMNIST"),
+            fashion_mnist,
             small_cnn,
             rates_and_decay,
             momentum(0.03),
@@ -479,7 +420,7 @@ def main(arguments: list[str] | None = None) -> None:
         problem, path = PROBLEMS[name], options.out / f"hypergradient_{name}.json"
         known = path.exists() and not options.afresh
         report: dict[str, Any] = json.loads(path.read_text()) if known else {"task": name}
-        data = problem.task.load(options.data)
+        data = problem.task.load(options.data, 0)
 
         def save(path: Path = path, report: dict[str, Any] = report) -> None:
             path.write_text(json.dumps(report, indent=1) + "\n")

@@ -53,7 +53,7 @@ class Task:
     """One problem.
 
     Attributes:
-        load: ``(folder, seed) -> Data``.
+        load: ``(folder, seed) -> Data``; ``folder`` is where data files are.
         build: Makes the network.
         declare: What is tuned, started at a strength.
         optimizer: Of the network's parameters.
@@ -65,7 +65,7 @@ class Task:
 
     load: Callable[[Path, int], Data]
     build: Callable[[], nn.Module]
-    declare: Callable[[float], list[Declaration]]
+    declare: Callable[[float], Sequence[Declaration]]
     optimizer: Callable[[Any], Optimizer]
     criterion: nn.Module
     epochs: int
@@ -101,7 +101,7 @@ def decay(strength: float) -> float:
 
 
 @cache
-def _idx(path: Path) -> Tensor:
+def idx(path: Path) -> Tensor:
     """Return an array of the MNIST format, gzipped."""
     content = gzip.decompress(path.read_bytes())
     dimensions = content[3]
@@ -113,12 +113,12 @@ def _idx(path: Path) -> Tensor:
 def mnist(folder: Path, seed: int, name: str = "MNIST") -> Data:
     """Return 5,000 + 1,000 training images of 28x28 and 5,000 of the test images, in [0, 1]."""
     raw = folder / name / "raw"
-    images = _idx(raw / "train-images-idx3-ubyte.gz")
-    labels = _idx(raw / "train-labels-idx1-ubyte.gz").long()
+    images = idx(raw / "train-images-idx3-ubyte.gz")
+    labels = idx(raw / "train-labels-idx1-ubyte.gz").long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     train, valid = order[:5000], order[5000:6000]
-    tests = _idx(raw / "t10k-images-idx3-ubyte.gz")[:5000]
-    test_labels = _idx(raw / "t10k-labels-idx1-ubyte.gz").long()[:5000]
+    tests = idx(raw / "t10k-images-idx3-ubyte.gz")[:5000]
+    test_labels = idx(raw / "t10k-labels-idx1-ubyte.gz").long()[:5000]
     return Data(
         (_pixels(images[train]), labels[train]),
         (_pixels(images[valid]), labels[valid]),

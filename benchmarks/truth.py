@@ -8,17 +8,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from stnify import STN, Declaration, stnify
+from benchmarks.tasks import Data, Examples, Task
+from stnify import STN, stnify
 from stnify.streams import RandomStream
-
-Examples = tuple[Tensor, Tensor]
 
 DAMPINGS = (1e-1, 1e-2, 1e-3)
 """What is added to the curvature."""
@@ -34,37 +31,6 @@ CURVATURE_EXAMPLES = 2000
 
 
 # Training -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Data:
-    """Inputs and targets in two parts that share no example."""
-
-    train: Examples
-    valid: Examples
-
-
-@dataclass(frozen=True)
-class Task:
-    """One problem.
-
-    Attributes:
-        load: Folder to data.
-        build: Makes the network.
-        declare: What is tuned, started at a strength in (0, 1).
-        optimizer: Of the network's parameters.
-        criterion: Training and validation loss.
-        epochs: Length of a run.
-        batch: Examples of a training batch; validation batches are twice as large.
-    """
-
-    load: Callable[[Path], Data]
-    build: Callable[[], nn.Module]
-    declare: Callable[[float], Sequence[Declaration]]
-    optimizer: Callable[[Any], Optimizer]
-    criterion: nn.Module
-    epochs: int
-    batch: int = 100
 
 
 @dataclass

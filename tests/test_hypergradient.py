@@ -10,8 +10,8 @@ from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from benchmarks import hypergradient, truth
-from benchmarks.truth import Data, Task
+from benchmarks import hypergradient, tasks, truth
+from benchmarks.tasks import Data, Task
 from stnify import Dropout, WeightDecay
 
 DECAY = 0.3
@@ -28,10 +28,10 @@ ENOUGH = 150
 """Steps that leave of any error exp(-ENOUGH * RATE * DECAY), about 1e-6."""
 
 
-def two_parts(folder) -> Data:
+def two_parts(folder, seed) -> Data:
     inputs, target = (torch.from_numpy(part) for part in load_diabetes(return_X_y=True))
     inputs, target = inputs / inputs.std(0), ((target - target.mean()) / target.std())[:, None]
-    return Data(*((inputs[i::3], target[i::3]) for i in range(2)))
+    return Data(*((inputs[i::3], target[i::3]) for i in range(3)))
 
 
 def ridge(epochs=ENOUGH) -> Task:
@@ -48,7 +48,7 @@ def ridge(epochs=ENOUGH) -> Task:
 
 
 def begun(task: Task, **settings) -> truth.Course:
-    return truth.Course.begin(task, task.load(None), DECAY, settings)
+    return truth.Course.begin(task, task.load(None, 0), DECAY, settings)
 
 
 class ClosedForm:
@@ -189,11 +189,11 @@ def test_the_design_tells_every_hyperparameter_from_all_others(count):
 def noisy_network() -> Task:
     """A network that drops units, on few examples."""
 
-    def load(folder) -> Data:
+    def load(folder, seed) -> Data:
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(40, 5, generator=generator, dtype=torch.float64)
         parts = [(part, (part.sum(1) > 0).long()) for part in inputs.split(20)]
-        return Data(*parts)
+        return Data(*parts, test=parts[1])
 
     return Task(
         load=load,
@@ -263,7 +263,7 @@ def test_images_are_read_from_gzipped_idx(tmp_path):
     values = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4)
     header = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in (2, 3, 4))
     (tmp_path / "some.gz").write_bytes(gzip.compress(header + bytes(values.flatten().tolist())))
-    assert torch.equal(hypergradient.idx(tmp_path / "some.gz"), values)
+    assert torch.equal(tasks.idx(tmp_path / "some.gz"), values)
 
 
 # A course -----------------------------------------------------------------------------------------

@@ -1,0 +1,115 @@
+"""The table of short runs: every method makes its rows, and the summary is what they say."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import short_budget, tasks
+
+
+def rows_of(validations, **entries):
+    return [
+        {"task": "t", "seed": seed, "test": 2 * v, "seconds": 1.0, "validation": v, **entries}
+        for seed, v in enumerate(validations)
+    ]
+
+
+@pytest.fixture
+def rows():
+    """Two seeds, whose best fixed strengths differ: 0.2 with 1.0, and 0.5 with 2.0."""
+    fixed = {"0.05": (3.0, 4.0), "0.2": (1.0, 3.0), "0.35": (2.0, 5.0), "0.5": (2.0, 2.0)}
+    grid = [row for s, v in fixed.items() for row in rows_of(v, method="grid", start=s)]
+    grid += rows_of((4.0, 4.0), method="grid", start="0.7")
+    low = rows_of((1.1, 2.0), method="default", start="low")
+    searched = rows_of((0.9, 1.9), method="random", start="5x", spent=10.0)
+    return grid + low + searched
+
+
+def test_ratios_are_to_the_best_of_the_grid_of_the_same_seed(rows):
+    default, random = short_budget.summary(rows)
+    assert (default["method"], default["start"], default["seeds"]) == ("default", "low", 2)
+    assert default["validation"] == pytest.approx((1.1 + 1.0) / 2)
+    assert default["test"] == pytest.approx((1.1 + 1.0) / 2)
+    assert default["fixed start"] == pytest.approx((1.1 / 3 + 2.0 / 4) / 2, abs=1e-3)
+    assert default["worst seed"] == pytest.approx(0.5)
+    assert (random["method"], random["validation"]) == ("random", pytest.approx(0.925))
+    assert random["time"] == 10.0
+    assert "fixed start" not in random
+
+
+def test_bars_are_held_against_the_defaults_alone(rows):
+    verdicts = short_budget.judge(short_budget.summary(rows))
+    assert {v["bar"]: v["met"] for v in verdicts} == {
+        "validation": False,
+        "test": False,
+        "fixed start": True,
+    }
+
+
+def test_searched_strengths_become_values_of_their_own_declaration():
+    strengths = {"dropout.1": 0.2, "dropout.3": 0.4, "weight_decay.0": 0.5}
+    values = short_budget._values(tasks.TASKS["concrete"], strengths)
+    assert values == {
+        "dropout.1": 0.2,
+        "dropout.3": 0.4,
+        "weight_decay.0": pytest.approx(1e-3),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*experimental:Warning")
+def test_every_method_makes_its_rows_and_none_is_made_twice(tmp_path, monkeypatch, capsys):
+    task = replace(tasks.TASKS["digits_vit"], build=network, declare=declared, epochs=2)
+    monkeypatch.setattr(short_budget, "TASKS", {"digits": task})
+    monkeypatch.setattr(short_budget, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    path = tmp_path / "rows.json"
+    arguments = ["--data", ".", "--tasks", "digits", "--seeds", "1", "--out", str(path)]
+    short_budget.main(arguments)
+    report = json.loads(path.read_text())
+    found = {(r["method"], r["start"]) for r in report["rows"]}
+    starts = ("low", "middle", "high")
+    assert found == {
+        *(("grid", str(strength)) for strength in short_budget.GRID),
+        *((method, start) for method in ("default", "paper", "replay") for start in starts),
+        *((method, budget) for method in ("random", "tpe") for budget in ("1x", "5x")),
+    }
+    assert len(report["rows"]) == len(found)
+    assert len(report["bars"]) == 9
+    five = short_budget.chosen(report["rows"], method="tpe", start="5x")[0]
+    assert (
+        five["trials"] >= short_budget.chosen(report["rows"], method="tpe", start="1x")[0]["trials"]
+    )
+    capsys.readouterr()
+    monkeypatch.setattr(short_budget, "one", None)
+    short_budget.main(arguments)
+    assert json.loads(path.read_text())["rows"] == report["rows"]
+
+
+def network():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.Linear(16, 10))
+
+
+def declared(strength):
+    return tasks.layers_of_a_table(strength)[1:]
+
+
+class InThisProcess:
+    """A pool that computes at once."""
+
+    def __init__(self, *args, **options):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def submit(self, function, *args):
+        from concurrent.futures import Future
+
+        future = Future()
+        future.set_result(function(*args))
+        return future
