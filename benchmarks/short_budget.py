@@ -6,18 +6,17 @@
 Every run is one row of the results, written as soon as it is there; rows that are there already are
 not run again, so it goes on where it was interrupted. Tasks are those of ``benchmarks/tasks.py``.
 
-``grid``    five fixed strengths, the same for every hyperparameter
-``default`` the defaults of ``stnify``, from a low, a middle and a high start
-``paper``   ``presets.paper()``, from the same starts
-``replay``  a plain model with the schedule that ``default`` found
-``random``  random search, as many runs as fit in five times the time of ``default``
-``tpe``     Optuna's TPE, likewise
+``grid`` holds five strengths, the same for every hyperparameter. What ``SETTINGS`` names is tuned
+from a low, a middle and a high start; ``replay`` trains a plain model by the schedule that
+``default`` found. ``random`` and ``tpe`` are searches of as many runs as fit in the time of
+``default``, and in five times that time.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -43,6 +42,19 @@ BUDGETS = (1, 5)
 BARS = {"validation": 1.02, "test": 1.04, "fixed start": 1.03}
 """At most these multiples: of the grid's best, of its test loss, of the start held fixed."""
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": presets.paper(),
+    # Each ingredient of the default by itself left out.
+    "fixed sigma": {"scale": 1.0},
+    "single perturbations": {"antithetic": False, "response_fraction": 1.0},
+    "same optimizer": {"response_lr": 1.0},
+    # At another price.
+    "gate": {"response": "gate"},
+    "every step": {"response_every": 1},
+}
+"""Name to what ``stnify`` is called with."""
+
 Row = dict[str, Any]
 
 
@@ -61,23 +73,12 @@ def grid(task: Task, data: Data, seed: int, rows: Sequence[Row]) -> Iterator[Row
         yield row("grid", str(strength), found)
 
 
-def default(task: Task, data: Data, seed: int, rows: Sequence[Row]) -> Iterator[Row]:
-    """Tune by the defaults, from each start, and replay what was found."""
-    yield from _tuned(task, data, seed, "default", {}, replay=True)
-
-
-def paper(task: Task, data: Data, seed: int, rows: Sequence[Row]) -> Iterator[Row]:
-    """Tune by the papers' settings."""
-    yield from _tuned(task, data, seed, "paper", presets.paper(), replay=False)
-
-
-def _tuned(
-    task: Task, data: Data, seed: int, method: str, settings: Mapping[str, Any], *, replay: bool
-) -> Iterator[Row]:
+def tuned(task: Task, data: Data, seed: int, rows: Sequence[Row], method: str) -> Iterator[Row]:
+    """Tune from each start by the settings of that name; replay what the defaults found."""
     for start, strength in STARTS.items():
-        found = run(task, data, seed, strength, settings)
+        found = run(task, data, seed, strength, SETTINGS[method])
         yield row(method, start, found)
-        if replay:
+        if method == "default":
             replayed = {"method": "fixed", "schedule": found.history}
             yield row("replay", start, run(task, data, seed, strength, replayed))
 
@@ -98,17 +99,17 @@ def _searched(
     task: Task, data: Data, seed: int, rows: Sequence[Row], method: str, sampler: Any
 ) -> Iterator[Row]:
     """Try values until the budget is spent; give the best at each budget."""
-    tuned = [r for r in rows if r["method"] == "default"]
-    if not tuned:
+    defaults = [r for r in rows if r["method"] == "default"]
+    if not defaults:
         raise SystemExit("a search needs the time of `default`: run that first.")
-    limit = median(r["seconds"] for r in tuned)
+    limit = median(r["seconds"] for r in defaults)
     study = optuna.create_study(sampler=sampler)
     best: Run | None = None
     spent = 0.0
     for budget in BUDGETS:
         while spent < budget * limit:
             trial = study.ask()
-            strengths = {n: trial.suggest_float(n, *SEARCHED) for n in tuned[0]["values"]}
+            strengths = {n: trial.suggest_float(n, *SEARCHED) for n in defaults[0]["values"]}
             schedule = History([Record(0, _values(task, strengths), {}, float("nan"))])
             settings = {"method": "fixed", "schedule": schedule}
             found = run(task, data, seed, GRID[2], settings)
@@ -133,12 +134,13 @@ def _values(task: Task, strengths: Mapping[str, float]) -> dict[str, float]:
 
 METHODS: dict[str, Callable[[Task, Data, int, Sequence[Row]], Iterator[Row]]] = {
     "grid": grid,
-    "default": default,
-    "paper": paper,
+    **{name: partial(tuned, method=name) for name in SETTINGS},
     "random": random,
     "tpe": tpe,
 }
 """Name to the rows it makes; ``default`` makes those of ``replay`` too."""
+
+USUAL = ("grid", "default", "paper", "random", "tpe")
 
 
 def one(folder: Path, name: str, method: str, seed: int, rows: Sequence[Row]) -> list[Row]:
@@ -225,13 +227,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(USUAL))
     parser.add_argument("--seeds", type=int, help="instead of the number each task has")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     rows: list[Row] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    for stage in (("grid", "default", "paper"), ("random", "tpe")):  # searches need a time
+    for stage in (("grid", *SETTINGS), ("random", "tpe")):  # searches need a time
         wanted = [
             (name, method, seed)
             for name in options.tasks

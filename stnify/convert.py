@@ -44,8 +44,8 @@ SINUSOID_PERIOD = 1200
 RESPONSE_LR = 3e-3
 """Of Adam on the response parameters."""
 
-RESPONSE_FRACTION = 0.2
-"""Share of a batch in the response step; twice that in cost, because each example counts twice."""
+RESPONSE_FRACTION = 0.5
+"""Share of a batch in the response step, which then takes as many rows as the general step."""
 
 
 def stnify(
@@ -61,6 +61,7 @@ def stnify(
     response: ResponseKind = "full",
     response_fraction: float = RESPONSE_FRACTION,
     antithetic: bool = True,
+    response_every: int = 3,
     train_steps: int = 5,
     valid_steps: int = 1,
     warmup_steps: int | None = None,
@@ -99,6 +100,7 @@ def stnify(
         response_fraction: Leading part of each (shuffled) batch the response step uses.
         antithetic: Whether the response step takes each of these examples twice, with opposite
             perturbations under the same noise, at twice the cost.
+        response_every: Training steps for each response step.
         train_steps: Training steps between validation steps.
         valid_steps: Validation steps each time.
         warmup_steps: Training steps before hyperparameters move; a twentieth of ``total_steps`` if
@@ -166,6 +168,7 @@ def stnify(
         warmup_steps=_warmup(warmup_steps, total_steps),
         response_fraction=response_fraction,
         antithetic=antithetic,
+        response_every=response_every,
         entropy_weight=entropy_weight,
         tune_scale=tune_scale,
     )

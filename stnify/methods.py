@@ -39,6 +39,7 @@ class Cadence:
         train_steps: Training steps between validation steps.
         valid_steps: Validation steps each time.
         warmup_steps: Training steps before the first validation step.
+        response_every: Training steps for each response step.
         response_fraction: Leading part of each batch that the response step uses.
         antithetic: Whether it uses each example twice, with opposite perturbations.
         entropy_weight: tau.
@@ -48,6 +49,7 @@ class Cadence:
     train_steps: int = 5
     valid_steps: int = 1
     warmup_steps: int = 100
+    response_every: int = 3
     response_fraction: float = 1.0
     antithetic: bool = True
     entropy_weight: float = 1e-3
@@ -58,6 +60,7 @@ class Cadence:
             "train_steps >= 1": self.train_steps >= 1,
             "valid_steps >= 1": self.valid_steps >= 1,
             "warmup_steps >= 0": self.warmup_steps >= 0,
+            "response_every >= 1": self.response_every >= 1,
             "0 < response_fraction <= 1": 0 < self.response_fraction <= 1,
             "0 <= entropy_weight < inf": 0 <= self.entropy_weight < math.inf,
         }

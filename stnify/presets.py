@@ -60,7 +60,7 @@ Declarations = list[Declaration | Group]
 def paper() -> dict[str, Any]:
     """Return the settings of [DeltaSTN] for ``stnify``, where its defaults differ or may change.
 
-    The response step takes the whole batch, each example once, with the same kind of optimizer and
+    A response step after every general step takes the whole batch, each example once, with the same kind of optimizer and
     the same learning rate as the general step; lambda moves by RMSprop with learning rate 0.01.
     They are made for runs of 100,000 steps.
 
@@ -74,6 +74,7 @@ def paper() -> dict[str, Any]:
         "response": "full",
         "response_fraction": 1.0,
         "antithetic": False,
+        "response_every": 1,
         "response_lr": 1.0,
         "train_steps": 5,
         "valid_steps": 1,

@@ -247,7 +247,7 @@ class Tuner:
         return found
 
     def after_general_step(self, optimizer: Optimizer) -> None:
-        """Take the response step, and validation steps if they are due.
+        """Take the response step and validation steps, if they are due.
 
         Args:
             optimizer: Of the response parameters.
@@ -257,7 +257,8 @@ class Tuner:
         self._versions.clear()
         if self._uncentred is not None:
             self._uncentred.forget(self.model.hyperparameters)
-        if self.method.response is not None:
+        due = self.counters.training_steps % self.cadence.response_every == 0
+        if self.method.response is not None and due:
             self._respond(batches, optimizer)
         self.counters.training_steps += 1
         steps = self.counters.training_steps
