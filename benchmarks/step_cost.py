@@ -29,19 +29,31 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-from stnify import STN, Dropout, WeightDecay, stnify
+from stnify import STN, Dropout, WeightDecay, presets, stnify
 
 RESULTS = Path(__file__).parent / "results"
 TRAIN_STEPS = 5
+PERIOD = 15
+"""Iterations after which response and validation steps fall together again, by default."""
+
 DECAY = 5e-4
 PARTS = ("plain", "general", "response", "validation", "whole")
-"""``whole`` is one of ``TRAIN_STEPS`` iterations with one validation step among them."""
+"""``response`` and ``whole`` are means over the iterations of a period, in which validation steps
+are among ``whole`` alone; by default a third of the iterations has a response step."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": presets.paper(),
+    "gate": {**presets.paper(), "response": "gate"},
+    "default": {},
+}
+"""Name of a row to what ``stnify`` is called with."""
 
 BARS = (  # model, response, part, limit of the median ratio to the plain step, eager on a CPU
     *((model, "full", "general", 1.05) for model in ("mlp", "resnet18", "vit_tiny")),
     ("resnet18", "full", "response", 2.1),
     ("vit_tiny", "full", "response", 2.6),
     ("resnet18", "full", "whole", 3.3),
+    *((model, "default", "whole", 2.2) for model in ("mlp", "resnet18", "vit_tiny")),
 )
 
 
@@ -124,12 +136,10 @@ def loops(name: str, response: str, device: torch.device, compiled: bool) -> dic
             optimizer=SGD(own.parameters(), lr=1e-3, momentum=0.9),
             criterion=nn.functional.cross_entropy,
             valid_loader=[batch],
-            method=method,
-            response=response,  # type: ignore[arg-type]
-            train_steps=TRAIN_STEPS,
             warmup_steps=0,
             compile=compiled,
             seed=0,
+            **{**SETTINGS[response], "method": method, "train_steps": TRAIN_STEPS},
         )
         assert stn.optimizer is not None
         found[method] = Loop(stn.model, stn.optimizer, batch, stn)
@@ -159,13 +169,14 @@ def one_round(found: dict[str, Loop], device: torch.device) -> dict[str, float]:
     backward, update = seconds(fixed.backward, device), seconds(fixed.update, device)
     times["general"] = backward + update
     backwards, updates = [], []
-    for _ in range(TRAIN_STEPS):  # the last of them takes a validation step too
+    for _ in range(PERIOD):  # each fifth of them takes a validation step too
         backwards.append(seconds(delta.backward, device))
         updates.append(seconds(delta.update, device))
-    times["response"] = sum(updates[:-1]) / (TRAIN_STEPS - 1) - update
     validate = delta.stn.validation_step
     times["validation"] = seconds(lambda: validate(delta.batch), device)
-    times["whole"] = (sum(backwards) + sum(updates)) / TRAIN_STEPS
+    validations = PERIOD / TRAIN_STEPS * times["validation"]
+    times["response"] = (sum(updates) - validations) / PERIOD - update
+    times["whole"] = (sum(backwards) + sum(updates)) / PERIOD
     return times
 
 
@@ -272,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--responses", nargs="+", default=["full", "gate"])
+    parser.add_argument("--responses", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
