@@ -288,6 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile all passes")
+    parser.add_argument("--label", help="added to the name of the results file")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -313,6 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
             verdict = "met" if bar["met"] else "MISSED"
             print("{model} {response} {part}: {measured} <= {limit}".format(**bar), verdict)
     suffix = "_compiled" if options.compile else ""
+    suffix += f"_{options.label}" if options.label else ""
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"step_cost_{device.type}{suffix}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")

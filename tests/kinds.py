@@ -163,6 +163,7 @@ class Kind:
             "train_steps": 1,
             "response_fraction": 1.0,
             "response_lr": 1.0,
+            "response_every": 1,
             "verify": False,
             "seed": 0,
         }

@@ -311,6 +311,7 @@ def test_an_optional_argument_keeps_its_default():
         ({"train_steps": 0}, "`train_steps >= 1` must hold, but got .*train_steps=0"),
         ({"valid_steps": 0}, "`valid_steps >= 1` must hold, but got .*valid_steps=0"),
         ({"warmup_steps": -1}, "`warmup_steps >= 0` must hold, but got .*warmup_steps=-1"),
+        ({"response_every": 0}, "`response_every >= 1` must hold"),
         ({"response_fraction": 0.0}, "`0 < response_fraction <= 1` must hold"),
         ({"response_fraction": 1.1}, "`0 < response_fraction <= 1` must hold"),
         ({"response_fraction": math.nan}, "`0 < response_fraction <= 1` must hold"),
