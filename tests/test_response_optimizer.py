@@ -49,7 +49,7 @@ def test_it_is_adam_whatever_the_users_is():
 
 
 def test_it_follows_the_general_rate_relative_to_the_highest():
-    """It is its own at the highest general rate so far, which may be above the one it began with."""
+    """It is its own at the highest general rate so far, also one above the first."""
     stn = converted()
     factors = [0.25, 1.0, 2.0, 1.0, 0.2, 0.2]
     scheduler = LambdaLR(stn.optimizer.base, lambda step: factors[step])
