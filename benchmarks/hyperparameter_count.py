@@ -24,6 +24,7 @@ from torch.optim import SGD
 
 from benchmarks.step_cost import (
     DECAY,
+    PERIOD,
     RESULTS,
     TRAIN_STEPS,
     Loop,
@@ -72,15 +73,15 @@ class Taken(NamedTuple):
 
 
 def one_round(loops: dict[int, Loop], device: torch.device) -> dict[int, Taken]:
-    """Return what the mean of ``TRAIN_STEPS`` iterations takes, one validation step among them."""
+    """Return what the mean of ``PERIOD`` iterations takes, all kinds of steps among them."""
     totals = dict.fromkeys(loops, Taken(0.0, 0.0))
-    for _ in range(TRAIN_STEPS):
+    for _ in range(PERIOD):
         for count, one in loops.items():
             start = time.process_time()
             took = seconds(one.step, device)
             worked = time.process_time() - start
             totals[count] = Taken(totals[count][0] + took, totals[count][1] + worked)
-    return {count: Taken(*(total / TRAIN_STEPS for total in totals[count])) for count in totals}
+    return {count: Taken(*(total / PERIOD for total in totals[count])) for count in totals}
 
 
 def measure(

@@ -44,7 +44,7 @@ def test_bars_are_held_against_the_defaults_alone(rows):
     assert {v["bar"]: v["met"] for v in verdicts} == {
         "validation": False,
         "test": False,
-        "fixed start": True,
+        "worst seed": True,
     }
 
 
