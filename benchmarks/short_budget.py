@@ -40,8 +40,8 @@ BUDGETS = (1, 5)
 """Of searches, in multiples of the time of one tuned run."""
 
 BARS = {"validation": 1.02, "test": 1.04, "worst seed": 1.03}
-"""At most these multiples: medians of the grid's best and of its test loss, and in the worst seed of
-the start held fixed."""
+"""At most these multiples: medians, of the grid's best and of its test loss; and in the worst seed,
+of the start held fixed."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
