@@ -45,7 +45,7 @@ RESPONSE_LR = 3e-3
 """Of Adam on the response parameters."""
 
 RESPONSE_FRACTION = 0.5
-"""Share of a batch in the response step, which then takes as many rows as the general step."""
+"""Share of a batch ``(inputs, target)`` in the response step, which then has as many rows as it."""
 
 
 def stnify(
@@ -59,7 +59,7 @@ def stnify(
     valid_loader: Iterable[Any] | None = None,
     method: str = "delta",
     response: ResponseKind = "full",
-    response_fraction: float = RESPONSE_FRACTION,
+    response_fraction: float | None = None,
     antithetic: bool = True,
     response_every: int = 3,
     train_steps: int = 5,
@@ -97,7 +97,9 @@ def stnify(
             ``stn.validation_step(batch)``.
         method: ``"delta"``, ``"centered"``, ``"stn"`` or ``"fixed"``.
         response: ``"full"``, or ``"gate"`` for gates of the general weights alone.
-        response_fraction: Leading part of each (shuffled) batch the response step uses.
+        response_fraction: Leading part of each (shuffled) batch the response step uses; None for
+            half of a batch ``(inputs, target)``, and all of a batch for ``forward_loss``, whose
+            examples may belong together.
         antithetic: Whether the response step takes each of these examples twice, with opposite
             perturbations under the same noise, at twice the cost.
         response_every: Training steps for each response step.
@@ -166,7 +168,7 @@ def stnify(
         train_steps=train_steps,
         valid_steps=valid_steps,
         warmup_steps=_warmup(warmup_steps, total_steps),
-        response_fraction=response_fraction,
+        response_fraction=_fraction(response_fraction, forward_loss),
         antithetic=antithetic,
         response_every=response_every,
         entropy_weight=entropy_weight,
@@ -309,6 +311,12 @@ def _warmup(warmup_steps: int | None, total_steps: int | None) -> int:
     if warmup_steps is not None:
         return warmup_steps
     return 100 if total_steps is None else total_steps // 20
+
+
+def _fraction(fraction: float | None, forward_loss: object) -> float:
+    if fraction is not None:
+        return fraction
+    return RESPONSE_FRACTION if forward_loss is None else 1.0
 
 
 def _hyper_optimizer(

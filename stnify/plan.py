@@ -242,7 +242,7 @@ class Plan:
         - ``response``: ``"full"`` or ``"gate"``.
         - ``counts``: ``sites``, ``parameters`` (general), ``response_parameters``, ``flops``.
         - ``columns``: hyperparameters with ``name``, ``kind``, ``init``, ``range`` (``null`` is an
-          infinite end), ``scale`` and ``per_example``.
+          infinite end), ``scale`` (``null`` follows the value) and ``per_example``.
         - ``weights``, ``noises``, ``augmentations``, ``weight_noises``, ``decays``, ``refusals``:
           lists with the attributes of ``WeightSite`` and so on; what is not JSON is text.
         - ``losses``: ``column``, ``kind``, and ``penalty`` as the function's qualified name or

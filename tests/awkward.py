@@ -416,7 +416,7 @@ class AddmmOnParameter(nn.Module):
         return torch.mm(hidden.tanh(), self.last)
 
 
-@awkward(sequences, left=frozenset({"weight"}))
+@awkward(sequences)
 class BaddbmmOnParameter(nn.Module):
     def __init__(self):
         super().__init__()

@@ -203,7 +203,7 @@ def test_json_says_everything_the_plan_does():
         "name": "dropout",
         "init": 0.3,
         "range": [0.0, 0.95],
-        "scale": 1.0,
+        "scale": None,
         "per_example": True,
         "kind": "Dropout",
     }
