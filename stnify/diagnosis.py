@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from stnify.errors import UsageError
 from stnify.step import to_device
+from stnify.tunable import TunableModule
 from stnify.tuner import Tuner
 
 BLOCKS = 4
@@ -195,11 +196,12 @@ def _projected(tuner: Tuner, slopes: dict[nn.Parameter, Tensor]) -> Tensor:
     losses = [tuner.objective.training(model, to_device(batch, model)) for batch in batches]
     loss = torch.stack(losses).mean()
     found = torch.autograd.grad(loss, list(slopes), allow_unused=True)
+    decays = tuner.decays()
     total = torch.zeros((), dtype=torch.float64, device=loss.device)
     for (parameter, slope), gradient in zip(slopes.items(), found, strict=True):
         if gradient is not None:
             total += (gradient * slope).sum().double()
-        decay = tuner.decays().get(parameter)
+        decay = decays.get(parameter)
         if decay is not None:
             change = decay if isinstance(decay, Tensor) and decay.ndim else decay * parameter
             total += (change * slope).sum().detach().double()
@@ -207,7 +209,7 @@ def _projected(tuner: Tuner, slopes: dict[nn.Parameter, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def _restored(model: TunableModule) -> Iterator[None]:
     """Run the body in train mode on copies of the buffers."""
     holders = [(module, dict(module._buffers)) for module in model.modules()]
     modes = [(module, module.training) for module in model.modules()]
@@ -223,3 +225,4 @@ def _restored(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
         for module, training in modes:
             module.training = training
+        model._original.training = model.training

@@ -77,11 +77,9 @@ class STNOptimizer(Optimizer):
             group.setdefault(ROLE, "general")
         groups, self._sources = _response_groups(base, model)
         self.base = base
-        self._is_twin = make_response is None or not groups
-        if make_response is None or not groups:
-            self.response = _twin(base, groups)
-        else:
-            self.response = _made(make_response, groups)
+        make = make_response if groups else None
+        self._is_twin = make is None
+        self.response = _twin(base, groups) if make is None else _made(make, groups)
         self._response_lr = response_lr
         self._decays = decays
         self._before = before_general_step

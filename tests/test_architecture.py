@@ -121,7 +121,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "uncentred",
         "verify",
     },
-    "diagnosis": {"errors", "step", "tuner"},
+    "diagnosis": {"errors", "step", "tunable", "tuner"},
     "export": {"errors", "tunable"},
     "bundle": {
         "diagnosis",

@@ -169,3 +169,12 @@ def test_a_diagnosis_needs_steps_to_look_back_on():
         stn.diagnose()
     with pytest.raises(UsageError, match="`draws >= 2` must hold, but got draws=1"):
         stn.diagnose(draws=1)
+
+
+def test_a_diagnosis_in_eval_mode_leaves_every_module_there():
+    model = perceptron()
+    stn = convert(model, [DROPOUT])
+    train(*stn, 9, criterion=stn.criterion)
+    stn.model.eval()
+    stn.diagnose(draws=2)
+    assert not any(module.training for module in [*model.modules(), *stn.model.modules()])
