@@ -4,7 +4,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -43,6 +42,9 @@ SINUSOID_PERIOD = 1200
 
 RESPONSE_LR = 3e-3
 """Of Adam on the response parameters."""
+
+FUSED = {"cpu", "cuda"}
+"""Devices on which Adam's step is one kernel."""
 
 RESPONSE_FRACTION = 0.5
 """Share of a batch ``(inputs, target)`` in the response step, which then has as many rows as it."""
@@ -362,7 +364,13 @@ def _response_optimizer(
         )
     if make is None and (response_lr is not None or not method.centred):
         return None
-    return make or partial(Adam, lr=RESPONSE_LR)
+    return make or _adam
+
+
+def _adam(groups: list[dict[str, Any]]) -> Optimizer:
+    """Return the default, in one kernel where PyTorch has one: it passes over memory once."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return Adam(groups, lr=RESPONSE_LR, fused=devices <= FUSED)
 
 
 CROSSING = 12.0

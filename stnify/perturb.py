@@ -57,6 +57,12 @@ def opposite(perturbation: Perturbation, space: HyperparameterSpace) -> Perturba
     return Perturbation(epsilon, space.constrain(space.unconstrained + epsilon))
 
 
+def joined(perturbations: Sequence[Perturbation]) -> Perturbation:
+    """Return training perturbations of several passes as one of all their rows."""
+    inputs, constrained = zip(*perturbations, strict=True)
+    return Perturbation(torch.cat(inputs), torch.cat(constrained))
+
+
 def validation_perturbation(
     space: HyperparameterSpace,
     batch: int,

@@ -19,6 +19,7 @@ from stnify.objective import Objective
 from stnify.perturb import (
     Drawn,
     Perturbation,
+    joined,
     opposite,
     training_perturbation,
     validation_perturbation,
@@ -85,18 +86,17 @@ def response_step(
         for batch, size in zip(batches, sizes, strict=True):
             share = size / max(sum(sizes), 1)
             batch = first_rows(to_device(batch, model), size)
-            pair = [training_perturbation(space, size)]
+            drawn = [training_perturbation(space, size)]
             if antithetic:
-                share /= 2
-                pair.append(opposite(pair[0], space))
+                drawn.append(opposite(drawn[0], space))
             rewind = model._stream.rewinder()
-            for perturbation in pair:
+            for perturbation in drawn:
                 rewind()
                 with _running(model, forwards, perturbation, perturbation.constrained):
-                    loss = objective.training(model, batch)
-                torch.autograd.backward(share * loss, inputs=list(parameters.values()))
-                objective.add_decay_gradients(model, perturbation, share)
-                losses.append(share * loss.detach())
+                    loss = share / len(drawn) * objective.training(model, batch)
+                torch.autograd.backward(loss, inputs=list(parameters.values()))
+                losses.append(loss.detach())
+            objective.add_decay_gradients(model, joined(drawn), share)
     return StepResult(torch.stack(losses).sum(), gradients)
 
 

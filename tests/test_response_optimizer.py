@@ -48,6 +48,12 @@ def test_it_is_adam_whatever_the_users_is():
     assert type(joint.optimizer.response) is SGD
 
 
+@pytest.mark.parametrize(("device", "fused"), [("cpu", True), ("meta", False)])
+def test_it_is_one_kernel_where_pytorch_has_one(device, fused):
+    response = converted(perceptron().to(device)).optimizer.response
+    assert response.defaults["fused"] is fused
+
+
 def test_it_follows_the_general_rate_relative_to_the_highest():
     """It is its own at the highest general rate so far, also one above the first."""
     stn = converted()
