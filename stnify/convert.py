@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer, RMSprop
+from torch.optim import Optimizer, RMSprop
 
 from stnify.augment import MIXES, Stats
 from stnify.bundle import STN
@@ -24,6 +24,7 @@ from stnify.objective import PASSES, Objective
 from stnify.optimizer import MakeOptimizer, STNOptimizer
 from stnify.plan import Plan, ResponseKind
 from stnify.planning import make_plan
+from stnify.response_optimizer import adam
 from stnify.rewrite import rewrite
 from stnify.schedule import History
 from stnify.space import HyperparameterSpace
@@ -39,12 +40,6 @@ Jitter = Literal["gaussian", "sinusoid"]
 SINUSOID_PERIOD = 1200
 """[STN] F, in training steps. The amplitude is ``scale``, unconstrained units; there it is 0.1."""
 
-
-RESPONSE_LR = 3e-3
-"""Of Adam on the response parameters."""
-
-FUSED = {"cpu", "cuda"}
-"""Devices on which Adam's step is one kernel."""
 
 RESPONSE_FRACTION = 0.5
 """Share of a batch ``(inputs, target)`` in the response step, which then has as many rows as it."""
@@ -364,13 +359,7 @@ def _response_optimizer(
         )
     if make is None and (response_lr is not None or not method.centred):
         return None
-    return make or _adam
-
-
-def _adam(groups: list[dict[str, Any]]) -> Optimizer:
-    """Return the default, in one kernel where PyTorch has one: it passes over memory once."""
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return Adam(groups, lr=RESPONSE_LR, fused=devices <= FUSED)
+    return make or adam
 
 
 CROSSING = 12.0

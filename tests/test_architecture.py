@@ -103,6 +103,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "loaders": {"errors", "streams"},
     "schedule": {"errors"},
+    "response_optimizer": set(),
     "optimizer": {"errors", "tunable"},
     "methods": {"errors"},
     "tuner": {
@@ -155,6 +156,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "optimizer",
         "plan",
         "planning",
+        "response_optimizer",
         "rewrite",
         "schedule",
         "space",
