@@ -110,13 +110,13 @@ def idx(path: Path) -> Tensor:
     return torch.from_numpy(values.copy()).reshape(shape)
 
 
-def mnist(folder: Path, seed: int, name: str = "MNIST") -> Data:
-    """Return 5,000 + 1,000 training images of 28x28 and 5,000 of the test images, in [0, 1]."""
+def mnist(folder: Path, seed: int, name: str = "MNIST", count: int = 5000) -> Data:
+    """Return ``count`` + 1,000 training images of 28x28, 5,000 of the test images, in [0, 1]."""
     raw = folder / name / "raw"
     images = idx(raw / "train-images-idx3-ubyte.gz")
     labels = idx(raw / "train-labels-idx1-ubyte.gz").long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    train, valid = order[:5000], order[5000:6000]
+    train, valid = order[:count], order[count : count + 1000]
     tests = idx(raw / "t10k-images-idx3-ubyte.gz")[:5000]
     test_labels = idx(raw / "t10k-labels-idx1-ubyte.gz").long()[:5000]
     return Data(
@@ -129,6 +129,11 @@ def mnist(folder: Path, seed: int, name: str = "MNIST") -> Data:
 def fashion_mnist(folder: Path, seed: int) -> Data:
     """Return FashionMNIST, split like ``mnist``."""
     return mnist(folder, seed, "FashionMNIST")
+
+
+def more_of_mnist(folder: Path, seed: int) -> Data:
+    """Return 10,000 + 1,000 training images of MNIST, otherwise like ``mnist``."""
+    return mnist(folder, seed, count=10_000)
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -296,6 +301,9 @@ CLASSES, NUMBERS = nn.CrossEntropyLoss(), nn.MSELoss()
 
 TASKS: dict[str, Task] = {
     "mnist_mlp": Task(mnist, image_mlp, three_dropouts, momentum(0.03), CLASSES, 40),
+    "mnist_long": Task(
+        more_of_mnist, image_mlp, three_dropouts, momentum(0.03), CLASSES, 150, seeds=1
+    ),
     "fashion_mlp": Task(fashion_mnist, image_mlp, three_dropouts, momentum(0.03), CLASSES, 40),
     "fashion_cnn": Task(
         fashion_mnist, simple_cnn, six_hyperparameters, momentum(0.03), CLASSES, 20, seeds=3
