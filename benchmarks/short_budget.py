@@ -25,6 +25,7 @@ from typing import Any
 import optuna
 import torch
 
+from benchmarks.ingredients import INGREDIENTS
 from benchmarks.step_cost import circumstances
 from benchmarks.tasks import TASKS, Data, Run, Task, run
 from stnify import History, presets
@@ -46,13 +47,7 @@ of the start held fixed."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": presets.paper(),
-    # Each ingredient of the default by itself left out.
-    "fixed sigma": {"scale": 1.0},
-    "single perturbations": {"antithetic": False, "response_fraction": 1.0},
-    "same optimizer": {"response_lr": 1.0},
-    # At another price.
-    "gate": {"response": "gate"},
-    "every step": {"response_every": 1},
+    **INGREDIENTS,
 }
 """Name to what ``stnify`` is called with."""
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.ingredients import INGREDIENTS
 from stnify import STN, Dropout, WeightDecay, presets, stnify
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,8 +46,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": presets.paper(),
     "gate": {**presets.paper(), "response": "gate"},
     "default": {},
+    **INGREDIENTS,
 }
 """Name of a row to what ``stnify`` is called with."""
+
+USUAL = ("full", "gate", "default")
 
 BARS = (  # model, response, part, limit of the median ratio to the plain step, eager on a CPU
     *((model, "full", "general", 1.05) for model in ("mlp", "resnet18", "vit_tiny")),
@@ -283,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--responses", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--responses", nargs="+", choices=SETTINGS, default=list(USUAL))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -306,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             plain = result["seconds"]["plain"]["median"]
             memory = f"memory {result['peak_ratio']:.2f}"
-            print(f"{name:9} {response:5} plain {plain:.4f} s |", *ratios, memory, flush=True)
+            print(f"{name:9} {response:20} plain {plain:.4f} s |", *ratios, memory, flush=True)
     report["results"] = results
     if device.type == "cpu" and not options.compile:
         report["bars"] = judge(results)
