@@ -203,7 +203,10 @@ def test_a_weight_is_what_meets_activations_and_no_constant_alone(read, kind):
 
 def test_a_table_that_meets_constants_only_is_named_and_not_counted():
     model = nn.Sequential(nn.Linear(4, 4), Table(READINGS["rows chosen by a buffer"][0]))
-    call = lambda batch: (torch.randn(batch, 3, 4),)  # noqa: E731
+
+    def call(batch):
+        return (torch.randn(batch, 3, 4),)
+
     *_, (_, row) = examine.examine(structures.Built(model, {}, (3, 4), call, call))
     assert examine.judged(row)["status"] == "fine"
     assert row["without_activations"] == "1.table: 16"
@@ -237,7 +240,10 @@ def test_coverage_counts_what_responds_and_names_what_does_not():
 
 def dense(size=4):
     model = nn.Sequential(nn.Linear(size, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
-    call = lambda batch: (torch.randn(batch, size),)  # noqa: E731
+
+    def call(batch):
+        return (torch.randn(batch, size),)
+
     return structures.Built(model, {}, (size,), call, call)
 
 
