@@ -333,8 +333,7 @@ def _calls(kind: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
                 lambda batch: (_pictures(batch, shape), _targets(batch, shape)),
             )
         case "optical_flow":
-            both = lambda batch: (_noise(batch, shape), _noise(batch, shape, 1))  # noqa: E731
-            return both, both
+            return (lambda batch: (_noise(batch, shape), _noise(batch, shape, 1)),) * 2
     return (lambda batch: (_noise(batch, shape),),) * 2
 
 

@@ -98,12 +98,19 @@ def _probe_layouts(
     full = batch_size(inputs)
     if full == 0:
         return {}
-    try:
+
+    def few() -> dict[str, str]:
         words = _probe(model, _first_examples(inputs, full, PROBES), PROBES)
         return words | _constant(model, _first_examples(inputs, full, PROBES - 1), words)
-    except Exception:  # inputs that index into others, such as edges of a graph, cannot be cut
-        with suppress(Exception):
-            return _probe(model, inputs, full)
+
+    # Inputs that index into others, such as edges of a graph, cannot be cut.
+    for measured in (few, partial(_probe, model, inputs, full)):
+        try:
+            return measured()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            continue
     for site in _sites(model).values():
         site.layout = RowLayout.SHARED
     return dict.fromkeys(_sites(model), "shared (could not be measured)")

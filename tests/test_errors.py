@@ -722,3 +722,25 @@ def test_a_prediction_without_tensors_is_refused():
     stn = convert(Hiding(), [WeightDecay()], criterion=None, forward_loss=loss)
     with pytest.raises(ShapeError, match=r"must return tensors, .* returned Opaque"):
         stn.step(next(iter(batches())))
+
+
+class Fails(nn.Module):
+    """Works on whole batches of eight only."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.linear, self.error = nn.Linear(FEATURES, CLASSES), error
+
+    def forward(self, x):
+        if len(x) != 8:
+            raise self.error
+        return self.linear(x)
+
+
+def test_memory_that_runs_out_while_rows_are_measured_is_told():
+    """It says nothing about whose rows they are; what cannot be cut does, and is taken whole."""
+    inputs = first_batch()[0]
+    with pytest.raises(torch.OutOfMemoryError, match="no more"):
+        convert(Fails(torch.OutOfMemoryError("no more")), [IDLE], example_inputs=inputs)
+    stn = convert(Fails(IndexError("cut")), [IDLE], example_inputs=inputs)
+    assert [use.layout for use in stn.plan.weights] == ["batch"]
