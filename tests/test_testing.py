@@ -21,6 +21,7 @@ from benchmarks import random_modules
 from stnify import STN, Dropout, Hyperparameter, UsageError, WeightDecay, stnify, testing
 from stnify.layers import HYPER_MODULES, HyperLinear
 from stnify.regularizers import TunedDropout
+from stnify.rows import RowLayout
 from stnify.testing import strategies
 from stnify.testing.modules import NAMES, Branching, Folded, Mean, Residual, Twice, shaken
 
@@ -541,7 +542,37 @@ class AlwaysTwice(HyperLinear):
         return 2 * super().change(inputs, weight, bias, response_input, outputs, **arguments)
 
 
+class RowsFirst(HyperLinear):
+    """Takes rows to be the first dimension, also where they are the second."""
+
+    def broadcast(self, units, outputs):
+        return units.reshape(len(units), *[1] * (outputs.ndim - 2), units.shape[1])
+
+
+class ConsecutiveRows(HyperLinear):
+    """Takes the rows of an example to be consecutive, also where they are interleaved."""
+
+    def rows(self, values, inputs):
+        if self.layout is not RowLayout.INTERLEAVED:
+            return super().rows(values, inputs)
+        return values.repeat_interleave(inputs.shape[0] // len(values), 0)
+
+
+class ConsecutiveTangents(ConsecutiveRows):
+    """Does so in the linearised pass only."""
+
+    def forward(self, inputs, weight, bias, response_input, linearized, **arguments):
+        self.kind = ConsecutiveRows if linearized else HyperLinear
+        return super().forward(inputs, weight, bias, response_input, linearized, **arguments)
+
+    def rows(self, values, inputs):
+        return self.kind.rows(self, values, inputs)
+
+
 BROKEN_LAYERS = {
+    RowsFirst: "RowsFirst with a full response must take rows laid out as second",
+    ConsecutiveRows: "a row laid out as interleaved of ConsecutiveRows",
+    ConsecutiveTangents: "the tangent of a row laid out as interleaved of ConsecutiveTangents",
     MeanBroadcast: "a row of MeanBroadcast with a full response differs",
     RolledBroadcast: "a row of RolledBroadcast",
     AlwaysTwice: "a row of AlwaysTwice",
@@ -569,6 +600,36 @@ def test_the_contract_catches_a_broken_layer(kind):
         except AssertionError as error:
             messages.append(str(error))
     assert any(BROKEN_LAYERS[kind] in message for message in messages), messages
+
+
+class FirstDimensionOnly(RowsFirst):
+    """Says that rows are never the second dimension."""
+
+    row_dims = (0,)
+
+
+def test_a_layer_without_rows_in_the_second_dimension_is_not_tried_there():
+    class Contract(TestLinear):
+        def build(self, original, weight, bias):
+            return FirstDimensionOnly(weight, bias)
+
+        def time_major(self, batch):
+            raise NotImplementedError
+
+    contract = Contract()
+    contract.test_rows_in_the_second_dimension_meet_the_weights_of_their_example()
+    contract.test_interleaved_rows_meet_the_weights_of_their_example()
+
+
+def test_a_layer_that_cannot_take_the_rows_it_says_is_told_how_to_say_so():
+    class Contract(TestGroupedConvolution):
+        def build(self, original, weight, bias):
+            layer = super().build(original, weight, bias)
+            layer.row_dims = (0, 1)
+            return layer
+
+    with pytest.raises(AssertionError, match="`row_dims` say which dimensions may count rows"):
+        Contract().test_rows_in_the_second_dimension_meet_the_weights_of_their_example()
 
 
 class Incomplete(testing.HyperLayerContract):

@@ -17,6 +17,7 @@ from stnify.streams import RandomStream
 
 HYPERPARAMETERS = 3
 BATCH = 4
+STEPS = 3
 
 
 class Case(NamedTuple):
@@ -77,6 +78,13 @@ class HyperLayerContract(ABC):
     ) -> HyperLayer:
         """Return the hyper layer of ``original`` with these responses."""
 
+    def time_major(self, batch: int) -> Tensor:
+        """Return a batch for it whose second dimension counts examples.
+
+        Asked for if ``row_dims`` of the layer name that dimension; batches in a row by default.
+        """
+        return torch.stack([self.inputs(batch) for _ in range(STEPS)])
+
     def cases(self) -> Iterator[Case]:
         """Yield the layer with each kind of response, gates open."""
         kinds: tuple[ResponseKind, ...] = ("full", "gate")
@@ -92,8 +100,7 @@ class HyperLayerContract(ABC):
                     of_bias = BiasResponse(bias, HYPERPARAMETERS, fan_in_bound(weight), kind)
                     nn.init.normal_(of_bias.gate)
                 layer = self.build(original, of_weight, of_bias)
-                inputs = self.inputs(BATCH)
-                inputs = inputs.double() if inputs.is_floating_point() else inputs
+                inputs = _double(self.inputs(BATCH))
                 drawn = torch.randn(BATCH, HYPERPARAMETERS, dtype=torch.float64)
                 yield Case(kind, original, layer, inputs, drawn)
 
@@ -129,20 +136,29 @@ class HyperLayerContract(ABC):
     def test_blocks_of_rows_meet_the_weights_of_their_example(self) -> None:
         """Folded into the batch, consecutive rows belong to one example."""
         for case in self.cases():
-            case.layer.layout = RowLayout.BATCH
-            found = case.run(case.response_input[:2])
             each = case.response_input[:2].repeat_interleave(BATCH // 2, 0)
-            expected = _slowly(case, each, case.inputs)
-            assert _close(found, expected), _by("a block", found, expected, case)
+            _check_layout(case, RowLayout.BATCH, case.response_input[:2], each)
+
+    def test_interleaved_rows_meet_the_weights_of_their_example(self) -> None:
+        """Folded into the batch with time first, every second row belongs to one example."""
+        for case in self.cases():
+            each = case.response_input[:2].repeat(BATCH // 2, 1)
+            _check_layout(case, RowLayout.INTERLEAVED, case.response_input[:2], each)
+
+    def test_rows_in_the_second_dimension_meet_the_weights_of_their_example(self) -> None:
+        """With time first, the second dimension counts examples, if ``row_dims`` say it may."""
+        for case in self.cases():
+            if RowLayout.SECOND.dim in case.layer.row_dims:
+                with RandomStream(1, torch.device("cpu")).active():
+                    inputs = _double(self.time_major(BATCH))
+                given = case.response_input
+                _check_layout(case._replace(inputs=inputs), RowLayout.SECOND, given, given)
 
     def test_shared_rows_meet_the_mean_perturbation(self) -> None:
         """Where rows belong to no example, one perturbation serves all."""
         for case in self.cases():
-            case.layer.layout = RowLayout.SHARED
-            found = case.run(case.response_input)
             mean = case.response_input.mean(0, keepdim=True).expand(BATCH, -1)
-            expected = _slowly(case, mean, case.inputs)
-            assert _close(found, expected), _by("a shared row", found, expected, case)
+            _check_layout(case, RowLayout.SHARED, case.response_input, mean)
 
     # Derivatives ----------------------------------------------------------------------------------
 
@@ -192,11 +208,37 @@ class HyperLayerContract(ABC):
             assert torch.equal(case._replace(layer=twin).run(case.response_input), expected)
 
 
-def _slowly(case: Case, response_input: Tensor, inputs: Tensor) -> Tensor:
+def _double(inputs: Tensor) -> Tensor:
+    return inputs.double() if inputs.is_floating_point() else inputs
+
+
+def _check_layout(case: Case, layout: RowLayout, response_input: Tensor, each: Tensor) -> None:
+    """Compare rows of this layout with the slow way, which gives each row ``each`` of its own."""
+    case.layer.layout = layout
+    try:
+        expected, plain = _slowly(case, each, case.inputs, layout.dim), case.original(case.inputs)
+        found = case.run(response_input)
+        with forward_ad.dual_level():
+            linear = forward_ad.unpack_dual(case.run(response_input, linearized=True))
+    except RuntimeError as error:
+        raise AssertionError(
+            f"{type(case.layer).__name__} with a {case.kind} response must take rows laid out as "
+            f"{layout!s}, in inputs of shape {tuple(case.inputs.shape)}, but: {error}. Its "
+            f"`row_dims` say which dimensions may count rows; `time_major` gives a batch with rows "
+            f"in the second."
+        ) from error
+    tangent = linear.tangent if linear.tangent is not None else 0 * plain
+    kinds = {"a row": (found, expected), "the tangent of a row": (tangent, expected - plain)}
+    for what, (value, wanted) in kinds.items():
+        assert _close(value, wanted), _by(f"{what} laid out as {layout!s}", value, wanted, case)
+    assert not _close(plain, expected), "the response must have an effect"
+
+
+def _slowly(case: Case, response_input: Tensor, inputs: Tensor, dim: int = 0) -> Tensor:
     """Call the original on one example after another, each with its own weights."""
     outputs = []
     parameters = dict(case.original.named_parameters())
-    for example, own in zip(inputs, response_input, strict=True):
+    for example, own in zip(inputs.split(1, dim), response_input, strict=True):
         weights: dict[str, Tensor] = dict(parameters)
         if case.layer.weight_response is not None:
             change = case.layer.weight_response.materialise(parameters["weight"], own)
@@ -204,8 +246,8 @@ def _slowly(case: Case, response_input: Tensor, inputs: Tensor) -> Tensor:
         if case.layer.bias_response is not None:
             shift = case.layer.bias_response(parameters["bias"], own[None])[0]
             weights["bias"] = parameters["bias"] + shift
-        outputs.append(functional_call(case.original, weights, (example[None],)))
-    return torch.cat(outputs)
+        outputs.append(functional_call(case.original, weights, (example,)))
+    return torch.cat(outputs, dim)
 
 
 def _check_tangent(case: Case, direction: Tensor | None) -> None:
