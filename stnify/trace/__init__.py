@@ -10,11 +10,14 @@ the reason.
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from stnify.patterns import require_each
 from stnify.trace.functions import TracedFunctions
 from stnify.trace.tracer import (
+    Attributes,
     EagerUse,
     ModuleOutput,
     SiteTracer,
@@ -22,7 +25,6 @@ from stnify.trace.tracer import (
     caller,
     hooked,
     random_states,
-    refuse_changes,
     refuse_draws,
     swappable,
 )
@@ -85,12 +87,16 @@ def _trace_in_mode(
             if hooked(model) or type(model).__call__ is not nn.Module.__call__:
                 graph = _one_leaf(tracer, "calling it does more than its forward")
                 break
-            attributes = dict(model.__dict__)
+            if "" in leaves:
+                graph = _one_leaf(tracer, "named in `leaves`")
+                break
+            attributes = Attributes(model)
             try:
                 with EagerUse():
                     graph = tracer.trace(model)
                 refuse_draws(draws)
-                refuse_changes(model, attributes)
+                attributes.refuse_changes()
+                tracer.refuse_assignments()
                 if tracer.fixed and not any(node.op == "placeholder" for node in graph.nodes):
                     graph = _one_leaf(tracer, "every argument of its forward is optional")
                 break
@@ -102,22 +108,59 @@ def _trace_in_mode(
     return tracer, graph, constants, frozenset(functions.whole)
 
 
+OFF_IN_EVAL: set[Callable[..., Any]] = {
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    F.scaled_dot_product_attention,
+}
+"""Functions whose constants say in which mode they draw noise; the rewriting gives them theirs."""
+
 OTHER_IN_EVAL = "it computes something else in eval mode"
 
 
 def _differing(one: fx.Graph, other: fx.Graph) -> set[str]:
-    """Return the modules whose own code calls something else, or in another order."""
+    """Return the modules whose own code calls something else, in another order or otherwise."""
     first, second = _by_module(one), _by_module(other)
-    return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+    found = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+    returned = [repr(graph.output_node().args) for graph in (one, other)]
+    return found or ({""} if returned[0] != returned[1] else set())
 
 
-def _by_module(graph: fx.Graph) -> dict[str, list[tuple[str, str]]]:
-    """Return what each module's code calls, without the constants it was traced with."""
-    calls: dict[str, list[tuple[str, str]]] = {}
+def _by_module(graph: fx.Graph) -> dict[str, list[tuple[str, str, list[str]]]]:
+    """Return what each module's code calls, and with which constants."""
+    calls: dict[str, list[tuple[str, str, list[str]]]] = {}
     for node in graph.nodes:
         if node.op not in {"get_attr", "placeholder", "output"}:
-            calls.setdefault(caller(node), []).append((node.op, str(node.target)))
+            call = (node.op, str(node.target), _constants(node))
+            calls.setdefault(_owner(node), []).append(call)
     return calls
+
+
+def _owner(node: fx.Node) -> str:
+    """Return the qualified name of the module whose code made a call; a leaf is not its own."""
+    stack = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    if node.op == "call_module" and stack and stack[-1] == node.target:
+        stack.pop()
+    return stack[-1] if stack else ""
+
+
+def _constants(node: fx.Node) -> list[str]:
+    """Return the numbers and words among the arguments of a call."""
+    found: list[str] = []
+    if node.target in OFF_IN_EVAL:
+        return found
+
+    def see(value: Any) -> Any:
+        if isinstance(value, bool | int | float | complex | str | type(None)):
+            found.append(repr(value))
+        return value
+
+    map_aggregate((node.args, node.kwargs), see)
+    return found
 
 
 def _one_leaf(tracer: SiteTracer, reason: str) -> fx.Graph:

@@ -97,12 +97,42 @@ class UnknownWhileTracing:
     """Stands for an attribute that only a real pass sets, so that code that reads it fails."""
 
 
-def refuse_changes(module: nn.Module, before: dict[str, Any]) -> None:
-    """Raise ChangedAttributeError if a module's own attributes have changed."""
-    now = {n: v for n, v in module.__dict__.items() if not n.startswith(CONSTANT)}
-    changed = [n for n, value in now.items() if n not in before or before[n] is not value]
-    if changed:
-        raise ChangedAttributeError(changed)
+class Attributes:
+    """What a module's attributes are now, and what lists, dictionaries and sets among them hold.
+
+    Args:
+        module: Its registries of parameters, buffers, modules and hooks are left out.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._values = dict(module.__dict__)
+        kept = {n: v for n, v in self._values.items() if n not in _REGISTRIES}
+        self._contents = {n: _content(v) for n, v in kept.items() if isinstance(v, _CONTAINERS)}
+
+    def refuse_changes(self) -> None:
+        """Raise ChangedAttributeError if any is another, or holds something else."""
+        now = {n: v for n, v in self._module.__dict__.items() if not n.startswith(CONSTANT)}
+        before = self._values
+        changed = [n for n, value in now.items() if n not in before or before[n] is not value]
+        changed += [n for n, held in self._contents.items() if _content(before[n]) != held]
+        if changed:
+            raise ChangedAttributeError(changed)
+
+    def restore(self) -> None:
+        """Put the attributes back, not what they hold."""
+        self._module.__dict__.clear()
+        self._module.__dict__.update(self._values)
+
+
+_REGISTRIES = set(nn.Module().__dict__)
+_CONTAINERS = (list, dict, set)
+
+
+def _content(value: Any) -> list[int]:
+    """Return the identities of what a container holds, in its order."""
+    held = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+    return [id(entry) for entry in held]
 
 
 class EagerUse(TorchFunctionMode):
@@ -147,6 +177,7 @@ class SiteTracer(fx.Tracer):
         self.outputs: dict[str, list[ModuleOutput]] = {}
         self.opaque: dict[str, str] = {}
         self.fixed: dict[str, Any] = {}
+        self.proxies: list[fx.Proxy] = []
         self.proxy_buffer_attributes = True
         self._contexts = _contexts()
 
@@ -154,7 +185,20 @@ class SiteTracer(fx.Tracer):
         """Record an operation; not under ``no_grad`` or ``autocast``, which would be lost."""
         if kind.startswith("call_") and _contexts() != self._contexts:
             raise RuntimeError("it computes under no_grad or autocast, which a graph cannot hold")
-        return super().create_proxy(kind, target, *args, **kwargs)
+        proxy = super().create_proxy(kind, target, *args, **kwargs)
+        self.proxies.append(proxy)
+        return proxy
+
+    def assigned(self) -> list[tuple[fx.Proxy, str]]:
+        """Return the tensors on which code has set an attribute, such as ``weight.data``."""
+        return [(p, name) for p in self.proxies for name in vars(p).keys() - _PROXY]
+
+    def refuse_assignments(self, before: int = 0) -> None:
+        """Raise if code has set attributes of more tensors than ``before``."""
+        assigned = self.assigned()
+        if len(assigned) > before:
+            name = assigned[-1][1]
+            raise RuntimeError(f"it sets {name!r} of a tensor, which a graph would not do again")
 
     def create_arg(self, a: Any) -> Any:
         """Keep dictionaries of other types what they are; a graph would return plain ones."""
@@ -209,19 +253,20 @@ class SiteTracer(fx.Tracer):
         before = set(self.graph.nodes)
         draws = random_states()
         stack, calls, scope = self.module_stack.copy(), self.num_calls.copy(), copy(self.scope)
-        attributes = dict(m.__dict__)
+        attributes, assigned = Attributes(m), self.assigned()
         while True:
             try:
                 output = super().call_module(m, forward, args, kwargs)
                 refuse_draws(draws)
-                refuse_changes(m, attributes)
+                attributes.refuse_changes()
+                self.refuse_assignments(len(assigned))
                 break
             except Exception as error:
                 if name in self.opaque:
                     raise
                 self._roll_back(before, name)
-                m.__dict__.clear()
-                m.__dict__.update(attributes)
+                self._forget_assignments(assigned)
+                attributes.restore()
                 if isinstance(error, ChangedAttributeError):
                     m.__dict__.update(dict.fromkeys(error.names, UnknownWhileTracing()))
                 self.module_stack, self.num_calls, self.scope = stack.copy(), calls.copy(), scope
@@ -232,6 +277,11 @@ class SiteTracer(fx.Tracer):
         last = next(iter(reversed(self.graph.nodes)))
         self.outputs.setdefault(name, []).append(ModuleOutput(value, last))
         return output
+
+    def _forget_assignments(self, kept: list[tuple[fx.Proxy, str]]) -> None:
+        for proxy, name in self.assigned():
+            if not any(proxy is other and name == known for other, known in kept):
+                delattr(proxy, name)
 
     def _roll_back(self, before: set[fx.Node], name: str) -> None:
         """Erase nodes made since ``before``; parameters stay, because their proxies are cached."""
@@ -244,6 +294,10 @@ class SiteTracer(fx.Tracer):
             self.outputs[other] = kept
             if not kept:
                 del self.outputs[other]
+
+
+_PROXY = {"node", "tracer", "param", "name"}
+"""Attributes of a proxy that are fx's own."""
 
 
 def hooked(module: nn.Module) -> bool:
