@@ -1,6 +1,6 @@
 """5c. What is minimised: the criterion, with everything that is tuned in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -124,6 +124,8 @@ class Objective:
         Raises:
             ShapeError: As in ``validation``.
         """
+        for recorder in model.tunables.recorders:
+            recorder.forget()
         if self.forward_loss is not None:
             return self.validation(model, batch)
         with self.autocast(model.hyperparameters.unconstrained.device):
@@ -139,33 +141,49 @@ class Objective:
         Raises:
             ShapeError: The criterion does not return one number.
         """
-        assert self.criterion is not None
-        space, tunables = model.hyperparameters, model.tunables
-        smoothing = [space[s.column] for s in self.losses if s.kind == "LabelSmoothing"]
+        self._refuse_prediction(model, prediction)
+        _refuse_places(model.hyperparameters, target)
+        loss = _scalar(self._at_targets(model, prediction, target), "criterion")
+        depending = [part for part in (loss, prediction) if isinstance(part, Tensor)]
+        terms = [*self._of_prediction(model, prediction), *self._of_activations(model, depending)]
+        return sum(terms, start=loss)
+
+    def _refuse_prediction(self, model: TunableModule, prediction: Any) -> None:
+        """Raise ShapeError if something acts on a prediction that is no tensor."""
         acting = [s.column for s in self.losses if s.kind in {"LabelSmoothing", *PREDICTIONS}]
-        mixes = mixing_columns(space)
-        if not isinstance(prediction, Tensor) and (acting or mixes):
+        acting += mixing_columns(model.hyperparameters)
+        if acting and not isinstance(prediction, Tensor):
             raise ShapeError(
-                f"the model must return one tensor for {acting + mixes}, but returned "
+                f"the model must return one tensor for {acting}, but returned "
                 f"{type(prediction).__name__}. Pass `forward_loss=` as well, which calls "
                 f"`stn.criterion` with the part they are about."
             )
+
+    def _at_targets(self, model: TunableModule, prediction: Any, target: Any) -> Tensor:
+        """Return the criterion at targets that are mixed and smoothed, if anything does that."""
+        assert self.criterion is not None
+        space = model.hyperparameters
+        smoothing = [space[site.column] for site in self.losses if site.kind == "LabelSmoothing"]
+        mixes = mixing_columns(space)
         space.read.update(mixes)
-        _refuse_places(space, target)
-        if smoothing or mixes:
-            mixing = model.mixing_of(prediction)
-            value = smoothing[0] if smoothing else None
-            loss = at_targets(self.criterion, prediction, target, value, mixing)
-        else:
-            loss = self.criterion(prediction, target)
-        loss = _scalar(loss, "criterion")
+        if not smoothing and not mixes:
+            return self.criterion(prediction, target)
+        value = smoothing[0] if smoothing else None
+        return at_targets(self.criterion, prediction, target, value, model.mixing_of(prediction))
+
+    def _of_prediction(self, model: TunableModule, prediction: Any) -> Iterator[Tensor]:
+        """Yield the penalties on predictions, ``()``."""
         for site in (site for site in self.losses if site.kind in PREDICTIONS):
-            loss = loss + (space[site.column] * PREDICTIONS[site.kind](prediction)).mean()
+            value = model.hyperparameters[site.column]
+            yield (value * PREDICTIONS[site.kind](prediction)).mean()
+
+    def _of_activations(self, model: TunableModule, depending: list[Tensor]) -> Iterator[Tensor]:
+        """Yield the penalties on the activations that the loss depends on, ``()``."""
         for site in (site for site in self.losses if site.kind in ACTIVATIONS):
-            value, act = space[site.column], partial(ACTIVATIONS[site.kind], **site.settings)
-            for recorder in (r for r in tunables.recorders if r.column == site.column):
-                loss = loss + recorder.penalty(value, act)
-        return loss
+            value = model.hyperparameters[site.column]
+            act = partial(ACTIVATIONS[site.kind], **site.settings)
+            for recorder in (r for r in model.tunables.recorders if r.column == site.column):
+                yield recorder.penalty(value, act, depending)
 
     def penalty(self, model: TunableModule, batch: Any) -> Tensor | float:
         """Return the penalties that predict by themselves, averaged over the batch.

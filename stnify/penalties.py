@@ -1,6 +1,6 @@
 """Parts: loss terms with a tunable coefficient."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -96,6 +96,18 @@ def jacobian(predict: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     return 0.5 * slopes.reshape(len(slopes), -1).square().sum(1)
 
 
+def ancestors(tensors: Iterable[Tensor]) -> set[Any]:
+    """Return the nodes of the autograd graph that ``tensors`` were computed by."""
+    ahead = [tensor.grad_fn for tensor in tensors]
+    found: set[Any] = set()
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return found
+
+
 class Recorder(nn.Module):
     """Keeps the activations that pass through it for a penalty, and returns them as they are.
 
@@ -103,7 +115,8 @@ class Recorder(nn.Module):
         column: Name of the hyperparameter that is the penalty's coefficient.
 
     Attributes:
-        records: Activations of differentiable training passes since they were last taken.
+        records: Activations of the latest differentiable training pass.
+        earlier: Those of each pass before it, as long as no loss took them.
         layout: Which rows of the activations belong to which example.
     """
 
@@ -111,6 +124,7 @@ class Recorder(nn.Module):
         super().__init__()
         self.column = column
         self.records: list[Tensor] = []
+        self.earlier: list[list[Tensor]] = []
         self.layout = RowLayout.BATCH
 
     def extra_repr(self) -> str:
@@ -118,10 +132,23 @@ class Recorder(nn.Module):
         return f"column={self.column!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "records": []}
+        return {**self.__dict__, "records": [], "earlier": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Recorder":
         return Recorder(self.column)
+
+    @property
+    def passes(self) -> list[list[Tensor]]:
+        """Activations kept, by the pass they are of."""
+        return [kept for kept in (*self.earlier, self.records) if kept]
+
+    def begin(self) -> None:
+        """Tell what is kept from now on from what was kept before."""
+        self.earlier, self.records = self.passes, []
+
+    def forget(self) -> None:
+        """Let go of all that is kept."""
+        self.earlier, self.records = [], []
 
     def forward(self, inputs: Tensor, constrained: Tensor | None) -> Tensor:
         """Keep ``inputs`` if this is a training pass that may be differentiated."""
@@ -129,31 +156,55 @@ class Recorder(nn.Module):
             self.records.append(inputs)
         return inputs
 
-    def penalty(self, value: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    def penalty(
+        self, value: Tensor, act: Callable[[Tensor], Tensor], depending: Sequence[Tensor]
+    ) -> Tensor:
         """Return ``value`` times the mean square of what ``act`` makes of the activations, ``()``.
 
-        Several passes count by their mean. What was kept is let go of.
+        The activations are those that the loss depends on: of several passes by their mean. They
+        are let go of.
 
         Args:
             value: ``()``, or ``(batch,)`` for the coefficient of each example.
             act: Activations to what is to be small in them.
+            depending: The loss and the prediction that the penalty is about.
 
         Raises:
-            UsageError: No pass was kept.
+            UsageError: No pass was kept, or none of several is the loss's.
             ShapeError: ``act`` changes the dimension of the examples.
         """
-        records, self.records = self.records, []
-        if not records:
+        squares = [(record, act(record).square()) for record in self._take(depending)]
+        if not value.ndim:
+            return value * torch.stack([square.mean() for _, square in squares]).mean()
+        of_examples = [self._by_example(*pair, batch=len(value)) for pair in squares]
+        return (value * torch.stack(of_examples).mean(0)).mean()
+
+    def _take(self, depending: Sequence[Tensor]) -> list[Tensor]:
+        """Return the activations of the passes that the loss depends on, and let go of them."""
+        passes = self.passes
+        if not passes:
             raise UsageError(
                 f"the penalty of {self.column!r} needs a prediction made in train mode with "
                 f"gradients since the last one, but there is none. Call the model before "
                 f"`stn.criterion`, once for each loss."
             )
-        squares = [(record, act(record).square()) for record in records]
-        if not value.ndim:
-            return value * torch.stack([square.mean() for _, square in squares]).mean()
-        of_examples = [self._by_example(*pair, batch=len(value)) for pair in squares]
-        return (value * torch.stack(of_examples).mean(0)).mean()
+        taken = passes if len(passes) == 1 else self._found(passes, ancestors(depending))
+        self.forget()
+        self.earlier = [kept for kept in passes if not any(kept is each for each in taken)]
+        return [record for kept in taken for record in kept]
+
+    def _found(self, passes: list[list[Tensor]], nodes: set[Any]) -> list[list[Tensor]]:
+        """Return the passes whose nodes are among these; the latest if no pass has any."""
+        own = [[record.grad_fn for record in kept if record.grad_fn] for kept in passes]
+        found = [kept for kept, of in zip(passes, own, strict=True) if not nodes.isdisjoint(of)]
+        if any(own) and not found:
+            raise UsageError(
+                f"the penalty of {self.column!r} needs the prediction that its loss depends on, "
+                f"but of {len(passes)} predictions made in train mode with gradients since the "
+                f"last step the loss depends on none of them. Make those that no loss is about "
+                f"under torch.no_grad()."
+            )
+        return found or passes[-1:]
 
     def _by_example(self, record: Tensor, squares: Tensor, batch: int) -> Tensor:
         row = self.layout.dim

@@ -87,7 +87,7 @@ class Tuner:
         self._versions: list[tuple[Tensor, int]] = []
         self._fetched: list[Any] = []
         self._calls_seen = False
-        self.model.call_before_training(self._observe_fetched)
+        self.model.call_before_training(self._before_training_pass)
         self._centre = self.model.hyperparameters.unconstrained.detach().clone()
         self._uncentred = None if self.method.centred else UncentredTraining(self.stream)
         if self._uncentred is not None:
@@ -112,6 +112,12 @@ class Tuner:
             if self._calls_seen or not self.model.training:
                 self._fetched.clear()
             self._fetched.append(batch)
+
+    def _before_training_pass(self) -> None:
+        """Tell what this pass keeps from what others kept, and observe what was fetched for it."""
+        for recorder in self.model.tunables.recorders:
+            recorder.begin()
+        self._observe_fetched()
 
     def _observe_fetched(self) -> None:
         """Observe the latest batch fetched, now that the model is called with gradients."""
@@ -254,6 +260,8 @@ class Tuner:
         """
         batches, self.observed = self.observed, []
         self.latest_training = batches
+        for recorder in self.model.tunables.recorders:
+            recorder.forget()
         self._versions.clear()
         if self._uncentred is not None:
             self._uncentred.forget(self.model.hyperparameters)

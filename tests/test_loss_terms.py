@@ -408,12 +408,107 @@ def test_steps_that_are_examples_are_refused():
         stn.optimizer.step()
 
 
-def test_a_prediction_made_in_between_counts_by_the_mean():
+# Which passes -------------------------------------------------------------------------------------
+
+STEPS_TAKEN = 7
+"""Response steps are taken after the first, fourth and seventh."""
+
+
+def losses_with(
+    other: Callable[[STN, Tensor], None], place: str, **options: Any
+) -> tuple[list[float], STN]:
+    """Train with ``other`` called at a place of the loop; return the losses and the STN."""
+    stn = converted(TERMS["activation"].declaration, **options)
+    inputs, target = batch()
+    losses = []
+    for _ in range(STEPS_TAKEN):
+        stn.observe((inputs, target))
+        for when in ("before", "between", "behind", "after"):
+            if when == place:
+                other(stn, inputs)
+            if when == "before":
+                prediction = stn.model(inputs)
+            elif when == "between":
+                loss = stn.criterion(prediction, target)
+                stn.optimizer.zero_grad()
+                loss.backward()
+            elif when == "behind":
+                stn.optimizer.step()
+        losses.append(loss.item())
+    return losses, stn
+
+
+def a_log_line(stn: STN, inputs: Tensor) -> None:
+    """Predict something far off, in train mode and with gradients."""
+    stn.model(100 * inputs)
+
+
+def nothing(stn: STN, inputs: Tensor) -> None:
+    """Do nothing."""
+
+
+@pytest.mark.parametrize("method", ["delta", "centered", "fixed"])
+@pytest.mark.parametrize("place", ["before", "between", "behind", "after"])
+def test_predictions_the_loss_does_not_depend_on_do_not_count(place, method):
+    expected, plain = losses_with(nothing, place, method=method)
+    found, stn = losses_with(a_log_line, place, method=method)
+    assert found == expected
+    assert all(map(torch.equal, stn.model.parameters(), plain.model.parameters()))
+    assert len(set(expected)) == STEPS_TAKEN, "the loss must move"
+
+
+def test_nothing_is_kept_beyond_the_step():
+    _, stn = losses_with(a_log_line, "behind")
+    (recorder,) = stn.model.tunables.recorders
+    assert not recorder.passes
+    stn.model(batch()[0])
+    assert [len(each) for each in recorder.passes] == [1], "the test must see what is kept"
+
+
+def test_predictions_that_one_loss_depends_on_count_by_their_mean():
     stn = converted(TERMS["activation"].declaration)
     inputs, target = batch()
-    once = stn.criterion(stn.model(inputs), target)
+    separate = [stn.criterion(stn.model(x), target) for x in (inputs, 2 * inputs)]
+    plain = [F.cross_entropy(stn.model(x), target) for x in (inputs, 2 * inputs)]
+    stn.optimizer.zero_grad()
+    for recorder in stn.model.tunables.recorders:
+        recorder.forget()
+    both = stn.model(inputs), stn.model(2 * inputs)
+    together = stn.criterion(torch.cat(both), target.repeat(2))
+    penalties = [one - other for one, other in zip(separate, plain, strict=True)]
+    mean = F.cross_entropy(torch.cat(both), target.repeat(2)) + sum(penalties) / 2
+    torch.testing.assert_close(together, mean, **TOLERANCE)
+    assert not torch.allclose(penalties[0], penalties[1])
+
+
+def test_each_of_two_losses_counts_the_activations_of_its_own_prediction():
+    stn = converted(TERMS["activation"].declaration)
+    inputs, target = batch()
+    expected = [stn.criterion(stn.model(x), target) for x in (inputs, 2 * inputs)]
+    predictions = [stn.model(x) for x in (inputs, 2 * inputs)]
+    for prediction, loss in zip(predictions[::-1], expected[::-1], strict=True):
+        torch.testing.assert_close(stn.criterion(prediction, target), loss, **TOLERANCE)
+    assert not torch.allclose(*expected)
+
+
+def test_a_loss_that_depends_on_no_pass_that_is_known_is_refused():
+    stn = converted(TERMS["activation"].declaration)
+    inputs, target = batch()
     stn.model(inputs)
-    torch.testing.assert_close(stn.criterion(stn.model(inputs), target), once, **TOLERANCE)
+    prediction = stn.model(2 * inputs).detach()
+    with pytest.raises(UsageError, match=r"2 predictions .* depends on none of them"):
+        stn.criterion(prediction, target)
+
+
+def test_activations_without_a_gradient_are_those_of_the_latest_pass():
+    torch.manual_seed(0)
+    model = Sequential().double()
+    model.hidden.requires_grad_(False)
+    stn = stnify(model, [ActivationPenalty(after="act")], criterion=F.cross_entropy)
+    inputs, target = batch()
+    expected = stn.criterion(stn.model(inputs), target)
+    stn.model(100 * inputs)
+    torch.testing.assert_close(stn.criterion(stn.model(inputs), target), expected, **TOLERANCE)
 
 
 # Passes of their own ------------------------------------------------------------------------------

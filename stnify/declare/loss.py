@@ -128,7 +128,8 @@ class ActivationTerm(_Coefficient):
 class ActivationPenalty(ActivationTerm):
     """Tune the weight of the mean square of activations (AR), summed over the modules named.
 
-    Several predictions before one ``stn.criterion`` count by their mean.
+    Several predictions that one ``stn.criterion`` depends on count by their mean; others, such as
+    one made for a log line, do not count.
     Source: Merity et al. 2017.
     """
 
