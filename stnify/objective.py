@@ -168,8 +168,8 @@ class Objective:
         space.read.update(mixes)
         if not smoothing and not mixes:
             return self.criterion(prediction, target)
-        value = smoothing[0] if smoothing else None
-        return at_targets(self.criterion, prediction, target, value, model.mixing_of(prediction))
+        mixing, value = model.mixing_of(prediction), smoothing[0] if smoothing else None
+        return at_targets(self.criterion, prediction, target, value, mixing)
 
     def _of_prediction(self, model: TunableModule, prediction: Any) -> Iterator[Tensor]:
         """Yield the penalties on predictions, ``()``."""

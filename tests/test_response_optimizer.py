@@ -56,6 +56,65 @@ def test_it_is_one_kernel_where_pytorch_has_one(device, fused):
     assert converted().optimizer.response.defaults["fused"]
 
 
+SMALL_AND_LARGE = (1e-4, 1e-3, 1e-2, 1.0, 30.0)
+"""Of gradients; the squares of the first two are nought in half precision, as shares of a mean."""
+
+
+@pytest.mark.parametrize("size", SMALL_AND_LARGE)
+def test_in_half_precision_it_is_adam_in_single_precision(size):
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.nn.Parameter(torch.zeros(50))
+    half = torch.nn.Parameter(torch.zeros(50).half())
+    optimizers = Adam([wide], lr=3e-3, betas=(0.9, 0.99), eps=1e-7), adam([{"params": [half]}])
+    for _ in range(100):
+        gradient = size * (0.5 + torch.randn(50, generator=generator)).half()
+        wide.grad, half.grad = gradient.float(), gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    # Half precision holds 3 digits; 100 steps of 3e-3 are rounded to what a sum of 0.2 holds, 1e-4.
+    torch.testing.assert_close(half.float(), wide.data, rtol=0.02, atol=2e-3)
+    assert wide.abs().median() > 0.05, "the test must see a parameter that stays"
+
+
+def test_in_half_precision_its_state_survives_loading():
+    half, twin = (torch.nn.Parameter(torch.zeros(20).half()) for _ in range(2))
+    one, other = adam([{"params": [half]}]), adam([{"params": [twin]}])
+    gradients = [1e-4 * torch.randn(20).half() for _ in range(20)]
+    for i, gradient in enumerate(gradients):
+        if i == 10:
+            other.load_state_dict(copy.deepcopy(one.state_dict()))
+            twin.data.copy_(half)
+        if i >= 10:
+            twin.grad = gradient
+            other.step()
+        half.grad = gradient
+        one.step(lambda: None)
+    assert torch.equal(half, twin)
+    assert half.abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_trains_by_the_defaults(dtype):
+    torch.manual_seed(0)
+    model, loader = perceptron().to(dtype), [(x.to(dtype), y) for x, y in batches()]
+    stn = stnify(
+        model,
+        [DROPOUT],
+        optimizer=SGD(model.parameters(), lr=0.1, momentum=0.9),
+        criterion=torch.nn.functional.cross_entropy,
+        train_loader=loader,
+        valid_loader=loader,
+        warmup_steps=0,
+        seed=0,
+    )
+    train(*stn, 120)
+    assert stn.counters.validation_steps > 20
+    assert stn.counters.skipped == stn.counters.skipped_responses == 0
+    responses = stn.model.response_parameters()
+    assert all(parameter.abs().max() < 5 for parameter in responses.values())
+    assert stn.values()["dropout"] != DROPOUT.init
+
+
 @pytest.mark.parametrize("moved", ["parameter", "gradient", "state"])
 def test_one_kernel_is_right_in_every_memory_format(moved):
     """PyTorch's kernel by itself pairs numbers by their place in memory."""
