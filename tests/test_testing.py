@@ -14,6 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from kit import ASSERTIONS, every_assertion, normal
 from torch import Tensor, nn
 from zoo import ZOO, images
 
@@ -29,22 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
-
-ASSERTIONS = {
-    name: getattr(testing, f"assert_{name}")
-    for name in (
-        "identity",
-        "rows_independent",
-        "linear_in_perturbation",
-        "tangent_matches_differences",
-        "gradients_separated",
-        "export_exact",
-        "state_roundtrip",
-    )
-}
-"""All but the one that compiles, which takes longer."""
-
-every_assertion = pytest.mark.parametrize("name", ASSERTIONS)
 
 
 class Tagger(nn.Module):
@@ -76,10 +61,6 @@ def perceptron() -> nn.Module:
 def inside() -> nn.Module:
     """Two layers in a module that cannot be traced through."""
     return nn.Sequential(nn.Linear(4, 5), Branching(nn.Sequential(nn.Tanh(), nn.Linear(5, 3))))
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 TOKENS = torch.arange(10).reshape(2, 5) % 7

@@ -19,11 +19,14 @@ from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.perturb import Perturbation
 from stnify.rows import batch_size
 from stnify.streams import RandomStream
-from stnify.tunable import TunableModule
+from stnify.tunable import TunableModule, intermediate_results
 from stnify.verify import verify
 
 Model = nn.Module | STN
 Hparams = Sequence[Declaration] | Mapping[str, float] | None
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
 Criterion = Callable[[Any], Tensor]
 """``prediction -> scalar``."""
 
@@ -47,8 +50,13 @@ def mean_square(prediction: Any) -> Tensor:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Return the tensors in nested mappings, sequences and dataclasses, in order."""
+    """Return the tensors in nested mappings, sequences and dataclasses, in order.
+
+    One of several lengths counts as a sequence.
+    """
     match value:
+        case Tensor() if value.is_nested:
+            return list(value.unbind())
         case Tensor():
             return [value]
         case Mapping():
@@ -73,7 +81,7 @@ class Subject:
     """
 
     model: TunableModule
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    inputs: Call
     seed: int = 0
 
     @property
@@ -207,36 +215,62 @@ def prepared(
         double: Compute in float64.
 
     Raises:
-        UsageError: ``hparams`` came with an STN, which has its own.
+        UsageError: ``hparams`` came with an STN, which has its own; or there are no examples in
+            ``inputs``.
         StnifyError: The model cannot be converted.
     """
-    if isinstance(model, STN) and hparams is not None:
-        raise UsageError("an STN has its own hyperparameters: leave `hparams` out.")
+    refuse_arguments(model, inputs, hparams)
     dtype = torch.get_default_dtype()
     with _generators_restored():
         if double:
             torch.set_default_dtype(torch.float64)
         try:
-            converted = _converted(model, hparams, double)
             call = _arguments(inputs)
-            subject = Subject(converted, _as_double(call) if double else call)
+            call = _as_double(call) if double else call
+            subject = Subject(_converted(model, call, hparams, double), call)
             subject.open()
             yield subject
         finally:
             torch.set_default_dtype(dtype)
 
 
-def _converted(model: Model, hparams: Hparams, double: bool) -> TunableModule:
+def refuse_arguments(model: Model, inputs: Any, hparams: Hparams) -> None:
+    """Raise UsageError if hyperparameters come with an STN, or inputs without examples."""
+    if isinstance(model, STN) and hparams is not None:
+        raise UsageError("an STN has its own hyperparameters: leave `hparams` out.")
+    if not batch_size(_arguments(inputs)):
+        found = [tuple(tensor.shape) for tensor in tensors(_arguments(inputs))]
+        raise UsageError(
+            f"the inputs must hold a tensor whose first dimension counts examples, one at least, "
+            f"but the shapes of their tensors are {found}. Give a batch: `tensor[None]` is one of "
+            f"a single example."
+        )
+
+
+def _converted(model: Model, call: Call, hparams: Hparams, double: bool) -> TunableModule:
     if isinstance(model, STN):
         own = copy.deepcopy(model.model)
         return own.double() if double else own
-    private = copy.deepcopy(model)
+    private = copied(model)
     for parameter in private.parameters():
         parameter.grad = None
     if double:
         private = private.double()
     hparams = idle() if hparams is None else hparams
-    return stnify(private, hparams, seed=0, compile=False, verify=False).model
+    return stnify(
+        private, hparams, example_inputs=example(call), seed=0, compile=False, verify=False
+    ).model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a model on which forward code left tensors it computed."""
+    return copy.deepcopy(model, intermediate_results(model))
+
+
+def example(call: Call) -> Any:
+    """Return positional and keyword arguments as ``example_inputs`` of ``stnify``."""
+    args, kwargs = call
+    return kwargs or args
 
 
 @contextmanager
@@ -255,7 +289,7 @@ def _generators_restored() -> Iterator[None]:
             module.set_rng_state_all(states)
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(inputs: Any) -> Call:
     """Return positional and keyword arguments, as ``example_inputs`` of ``stnify`` reads them."""
     match inputs:
         case dict():
@@ -266,5 +300,6 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return (inputs,), {}
 
 
-def _as_double(call: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, call)
+def _as_double(call: Call) -> Call:
+    double: Call = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, call)
+    return double

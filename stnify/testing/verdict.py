@@ -5,7 +5,7 @@ from typing import Any
 from stnify.errors import StnifyError
 from stnify.testing.exactness import check_identity
 from stnify.testing.perturbations import check_finite, check_linear, check_rows, check_tangent
-from stnify.testing.subject import Hparams, Model, prepared
+from stnify.testing.subject import Hparams, Model, prepared, refuse_arguments
 
 
 def converts_or_refuses(
@@ -25,7 +25,9 @@ def converts_or_refuses(
 
     Raises:
         AssertionError: The model is converted, and something is wrong without a word.
+        UsageError: ``hparams`` came with an STN, or there are no examples in ``inputs``.
     """
+    refuse_arguments(model, inputs, hparams)
     try:
         with prepared(model, inputs, hparams) as subject:
             check_identity(subject)
