@@ -19,6 +19,7 @@ from benchmarks.structures import Built
 from stnify import STN, WeightDecay, stnify
 from stnify.objective import Objective
 from stnify.step import response_step
+from stnify.tunable import evaluating, pass_inputs
 from stnify.verify import verify
 
 BATCH = 3
@@ -274,7 +275,7 @@ def shared(stn: STN, words: dict[str, str]) -> Row:
 @torch.no_grad()
 def open_gates(stn: STN) -> None:
     """Let every response have an effect: gates start at nought."""
-    for parameter in stn.model.response_parameters().values():
+    for parameter in stn.model._stnify.response_parameters().values():
         if not parameter.any():
             parameter.normal_(0, 0.05)
 
@@ -287,8 +288,8 @@ def exactness(stn: STN, call: Callable[[int], tuple[Any, ...]]) -> Row:
     """
     found: Row = {"exact": True, "finite_outputs": True}
     zero = set()
-    original, graph = stn.model._original.eval(), stn.model._graph
-    with torch.no_grad(), stn.model.evaluating():
+    original, graph = stn.model._stnify.original.eval(), stn.model._stnify.graph
+    with torch.no_grad(), evaluating(stn.model):
         for batch in (2, BATCH):
             args = call(batch)
             expected = original(*args)
@@ -316,12 +317,12 @@ def _closeness(one: Any, other: Any) -> str:
 def train_exactness(stn: STN, args: tuple[Any, ...]) -> bool:
     """Return whether train mode gives the original's outputs and buffers, at the same seed."""
     model, runs = stn.model, []
-    for run in (model._original, model):
+    for run in (model._stnify.original, model):
         model.train()
-        with torch.no_grad(), model.buffers_restored():
+        with torch.no_grad(), model._stnify.buffers_restored():
             torch.manual_seed(1)
             outputs = run(*args)
-            buffers = {n: b.clone() for n, b in model._original.named_buffers()}
+            buffers = {n: b.clone() for n, b in model._stnify.original.named_buffers()}
             runs.append((outputs, buffers, torch.get_rng_state()))
     return identical(*runs)
 
@@ -374,16 +375,16 @@ def independence(stn: STN, args: tuple[Any, ...], words: dict[str, str]) -> Row:
         (parameter, parameter.clone())
         for name, word in words.items()
         if name.startswith("layers.") and word.startswith("shared")
-        for parameter in stn.model.hyper_layers[name.removeprefix("layers.")].parameters()
+        for parameter in stn.model._stnify.hyper_layers[name.removeprefix("layers.")].parameters()
     ]
     for parameter, _ in kept:
         parameter.zero_()
     before = torch.randn(BATCH, len(stn.values()))
     after = before.clone()
     after[BATCH // 2] += 1.0
-    with stn.model.evaluating():
+    with evaluating(stn.model):
         one, other = (
-            by_example(stn.model._graph(*args, response_input=response_input))
+            by_example(stn.model._stnify.graph(*args, **pass_inputs(response_input)))
             for response_input in (before, after)
         )
         same = alike if any(isinstance(value, list) for value in args) else identical
@@ -392,7 +393,9 @@ def independence(stn: STN, args: tuple[Any, ...], words: dict[str, str]) -> Row:
         if not any(tensor.numel() for values in one for tensor in values):
             found = "nothing detected"
         elif any(moved):
-            found = "mixed by the model itself" if _mixes(stn.model._original, args) else "mixed"
+            found = (
+                "mixed by the model itself" if _mixes(stn.model._stnify.original, args) else "mixed"
+            )
         else:
             everywhere = all(word.startswith("shared") for word in words.values()) and words
             found = "one perturbation for the batch" if everywhere else "dead"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.tasks import Data, Examples, Task
 from stnify import STN, stnify
 from stnify.streams import RandomStream
+from stnify.tunable import evaluating
 
 DAMPINGS = (1e-1, 1e-2, 1e-3)
 """What is added to the curvature."""
@@ -110,14 +111,14 @@ class Course:
     def validation_loss(self) -> float:
         """Return the loss of all validation examples, eval mode."""
         inputs, targets = self.data.valid
-        with self.stn.model.evaluating():
+        with evaluating(self.stn.model):
             return float(self.task.criterion(self.stn.model(inputs), targets))
 
     def fingerprint(self) -> float:
         """Return a number that two runs share only if their general parameters are the same."""
         return sum(
             float(parameter.detach().double().abs().sum())
-            for parameter in self.stn.model.general_parameters().values()
+            for parameter in self.stn.model._stnify.general_parameters().values()
         )
 
 
@@ -240,7 +241,7 @@ Product = Callable[[Tensor], Tensor]
 
 def parameters_of(stn: STN) -> list[nn.Parameter]:
     """Return the general parameters."""
-    return list(stn.model.general_parameters().values())
+    return list(stn.model._stnify.general_parameters().values())
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -256,12 +257,12 @@ def shaped(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def decay_coefficients(stn: STN) -> Tensor:
     """Return the weight decay of every number in the general parameters, ``(p,)``."""
-    values, names = stn.values(), list(stn.model.general_parameters())
+    values, names = stn.values(), list(stn.model._stnify.general_parameters())
     decays = dict.fromkeys(names, 0.0)
     for site in stn.plan.decays:
         for name in site.parameters:
             decays[name] += values[site.column]
-    parameters = stn.model.general_parameters()
+    parameters = stn.model._stnify.general_parameters()
     return flat([torch.full_like(parameters[name], decays[name]) for name in names])
 
 
@@ -282,7 +283,7 @@ def training_gradient(course: Course, noise: int) -> Tensor:
 def validation_gradient(course: Course) -> Tensor:
     """Return the gradient of the validation loss for the general parameters, ``(p,)``."""
     model, (inputs, targets) = course.stn.model, course.data.valid
-    with model.evaluating():
+    with evaluating(model):
         loss = course.task.criterion(model(inputs), targets)
         return flat(torch.autograd.grad(loss, parameters_of(course.stn)))
 

@@ -63,12 +63,12 @@ class STN:
     @property
     def hyperparameters(self) -> HyperparameterSpace:
         """The hyperparameters."""
-        return self.model.hyperparameters
+        return self.model._stnify.space
 
     @property
     def plan(self) -> Plan:
         """What was changed and what was not, with rows and costs as far as they were measured."""
-        layer_of, words = self.model.layer_of(), self._tuner.layouts
+        layer_of, words = self.model._stnify.layer_of(), self._tuner.layouts
         sizes = {n: p.numel() for n, p in self.model.named_parameters(remove_duplicate=False)}
         plan = self._plan.with_sizes(sizes).with_layouts(
             {node: words.get(f"layers.{layer}", "") for node, layer in layer_of.items()}

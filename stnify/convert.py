@@ -199,7 +199,7 @@ def stnify(
         cadence=cadence,
         hyper_optimizer=_hyper_optimizer(hyper_optimizer, space, total_steps, cadence),
         validation=_validation(valid_loader, _mix(seed, 1), device),
-        stream=tunable._stream,
+        stream=tunable._stnify.stream,
         schedule=schedule,
         jitter=None if jitter is None else JITTERS[jitter],
         forwards=forwards,
@@ -411,7 +411,7 @@ def _mix(seed: int, stream: int) -> int:
 
 def _forwards(model: TunableModule, plan: Plan, method: str) -> dict[str, Forward]:
     """Compile the general pass, eval mode and, if all is traced, the passes of the two steps."""
-    model.compile_passes()
+    model._stnify.compile_passes()
     if plan.traced.opaque:
         return {}  # code that is not traced may change attributes, which a perturbed pass must not
     response = linearized_forward if method == "delta" else perturbed_forward
@@ -447,7 +447,7 @@ def _given(model: nn.Module, example_inputs: Any) -> set[str]:
 
 def _replace_decay(optimizer: Optimizer, model: TunableModule, plan: Plan) -> None:
     """Switch the optimizer's own decay off in groups that hold weights with a tuned one."""
-    parameters = model.general_parameters()
+    parameters = model._stnify.general_parameters()
     sites = [site for site in plan.decays if site.kind == "WeightDecay"]
     tuned = {id(parameters[name]) for site in sites for name in site.parameters}
     for group in optimizer.param_groups:

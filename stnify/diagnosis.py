@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from stnify.errors import UsageError
 from stnify.step import to_device
-from stnify.tunable import TunableModule
+from stnify.tunable import TunableModule, evaluating
 from stnify.tuner import Tuner
 
 BLOCKS = 4
@@ -103,7 +103,7 @@ def diagnose(tuner: Tuner, optimizer: Optimizer, draws: int) -> Diagnosis:
 
 
 def _named(tuner: Tuner, values: Tensor) -> dict[str, float]:
-    return dict(zip(tuner.model.hyperparameters.names, values.tolist(), strict=True))
+    return dict(zip(tuner.model._stnify.space.names, values.tolist(), strict=True))
 
 
 def _horizon(
@@ -114,7 +114,7 @@ def _horizon(
     Returns:
         The slope through the origin, and its standard error.
     """
-    space = tuner.model.hyperparameters
+    space = tuner.model._stnify.space
     stream = tuner.stream.state_dict()
     try:
         with _restored(tuner.model), tuner.stream.active(), torch.enable_grad():
@@ -135,8 +135,8 @@ def _horizon(
 def _validation_slopes(tuner: Tuner, optimizer: Optimizer) -> dict[nn.Parameter, Tensor]:
     """Return how the validation loss falls with each training gradient, by parameter."""
     model = tuner.model
-    trained = [p for p in model.general_parameters().values() if p.requires_grad]
-    with model.evaluating():
+    trained = [p for p in model._stnify.general_parameters().values() if p.requires_grad]
+    with evaluating(model):
         loss = tuner.objective.validation(model, to_device(tuner.latest_validation, model))
     found = torch.autograd.grad(loss, trained, allow_unused=True)
     return {
@@ -179,7 +179,7 @@ def _effect(tuner: Tuner, slopes: dict[nn.Parameter, Tensor], epsilon: Tensor) -
 @contextmanager
 def _moved(tuner: Tuner, change: Tensor) -> Iterator[None]:
     """Put lambda elsewhere while the body runs."""
-    space = tuner.model.hyperparameters
+    space = tuner.model._stnify.space
     before = space.unconstrained.detach().clone()
     try:
         with torch.no_grad():
@@ -225,4 +225,4 @@ def _restored(model: TunableModule) -> Iterator[None]:
             module._buffers.update(buffers)
         for module, training in modes:
             module.training = training
-        model._original.training = model.training
+        model._stnify.original.training = model.training

@@ -15,7 +15,7 @@ def export(model: TunableModule) -> nn.Module:
     Its outputs in eval mode are those of the tunable model, bit for bit: the response is zero at
     the current hyperparameters. The copy is in the mode ``model`` is in.
     """
-    return copy.deepcopy(model._original, intermediate_results(model._original))
+    return copy.deepcopy(model._stnify.original, intermediate_results(model._stnify.original))
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def export_folded(model: TunableModule) -> nn.Module:
     Raises:
         UsageError: A weight that responds is computed from parameters, as in standardised kernels.
     """
-    computed = model.computed_weights()
+    computed = model._stnify.computed_weights()
     if computed:
         raise UsageError(
             f"the response of a computed weight cannot be folded into its parameter, but "
@@ -37,10 +37,10 @@ def export_folded(model: TunableModule) -> nn.Module:
         )
     plain = export(model)
     parameters = dict(plain.named_parameters(remove_duplicate=False))
-    unconstrained = model.hyperparameters.unconstrained
+    unconstrained = model._stnify.space.unconstrained
     general = dict(model.named_parameters(remove_duplicate=False))
-    for name, response in model.weight_responses().items():
+    for name, response in model._stnify.weight_responses().items():
         parameters[name].add_(response.materialise(general[name], unconstrained))
-    for name, bias_response in model.bias_responses().items():
+    for name, bias_response in model._stnify.bias_responses().items():
         parameters[name].add_(bias_response(general[name], unconstrained[None])[0])
     return plain

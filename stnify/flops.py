@@ -20,7 +20,7 @@ from stnify.perturb import Perturbation
 from stnify.rows import batch_size
 from stnify.step import first_rows
 from stnify.streams import RandomStream
-from stnify.tunable import PREFIX, TunableModule
+from stnify.tunable import PREFIX, TunableModule, evaluating
 
 WHOLE = ""
 """Stands for the whole model among the names of hyper layers."""
@@ -60,17 +60,20 @@ def count_flops(
 def _count(
     model: TunableModule, inputs: tuple[Any, ...], named: dict[str, Any], linearized: bool
 ) -> dict[str, tuple[int, int]]:
-    space, graph = model.hyperparameters, model._graph
+    space, graph = model._stnify.space, model._stnify.graph
     examples = max(1, batch_size((inputs, named)))
     zeros = space.unconstrained.new_zeros(examples, len(space.columns))
     nowhere = Perturbation(zeros, None)
     forward = linearized_forward if linearized else perturbed_forward
     private = RandomStream(0, space.unconstrained.device)
-    with model.evaluating(), model.buffers_restored(), private.active():
-        with _plain_operators(model.hyper_layers.values()):
+    with evaluating(model), model._stnify.buffers_restored(), private.active():
+        with _plain_operators(model._stnify.hyper_layers.values()):
             before = _counted(graph, lambda: perturbed_forward(graph, inputs, named, nowhere))
         after = _counted(graph, lambda: forward(graph, inputs, named, nowhere))
-    layers = {f"{type(graph).__name__}.{PREFIX}.layers.{name}": name for name in model.hyper_layers}
+    layers = {
+        f"{type(graph).__name__}.{PREFIX}.layers.{name}": name
+        for name in model._stnify.hyper_layers
+    }
     layers["Global"] = WHOLE
     return {
         name: (before.get(key, 0) // examples, after.get(key, 0) // examples)

@@ -22,7 +22,7 @@ from stnify.forward_mode import ForwardModeRules
 from stnify.nested import map_tensors
 from stnify.perturb import Perturbation
 from stnify.regularizers import weight_factors
-from stnify.tunable import PREFIX, Tunables
+from stnify.tunable import PREFIX, Tunables, pass_inputs
 from stnify.untouched import attributes_restored
 
 Forward = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Perturbation], Any]
@@ -107,12 +107,8 @@ def _constant_call(
     for name, factor in factors.items():
         weight = constants[name] if name in constants else graph.get_parameter(name)
         constants[name] = weight * factor
-    inputs = {
-        **kwargs,
-        "response_input": perturbation.response_input,
-        "constrained": perturbation.constrained,
-        "linearized": linearized,
-    }
+    own = pass_inputs(perturbation.response_input, perturbation.constrained, linearized)
+    inputs = {**kwargs, **own}
     with _attributes_kept(graph):
         return functional_call(graph, constants, args, inputs, tie_weights=False)
 

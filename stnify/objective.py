@@ -111,7 +111,7 @@ class Objective:
         Raises:
             ShapeError: The loss is not one number, or the batch is not ``(inputs, target)``.
         """
-        with self.autocast(model.hyperparameters.unconstrained.device):
+        with self.autocast(model._stnify.space.unconstrained.device):
             if self.forward_loss is not None:
                 return _scalar(self.forward_loss(model, batch), "forward_loss")
             inputs, target = _pair(batch)
@@ -124,11 +124,11 @@ class Objective:
         Raises:
             ShapeError: As in ``validation``.
         """
-        for recorder in model.tunables.recorders:
+        for recorder in model._stnify.recorders:
             recorder.forget()
         if self.forward_loss is not None:
             return self.validation(model, batch)
-        with self.autocast(model.hyperparameters.unconstrained.device):
+        with self.autocast(model._stnify.space.unconstrained.device):
             inputs, target = _pair(batch)
             loss = self.criterion_of(model, model(inputs), target)
         return loss + self.penalty(model, batch)
@@ -142,7 +142,7 @@ class Objective:
             ShapeError: The criterion does not return one number.
         """
         self._refuse_prediction(model, prediction)
-        _refuse_places(model.hyperparameters, target)
+        _refuse_places(model._stnify.space, target)
         loss = _scalar(self._at_targets(model, prediction, target), "criterion")
         depending = [part for part in (loss, prediction) if isinstance(part, Tensor)]
         terms = [*self._of_prediction(model, prediction), *self._of_activations(model, depending)]
@@ -151,7 +151,7 @@ class Objective:
     def _refuse_prediction(self, model: TunableModule, prediction: Any) -> None:
         """Raise ShapeError if something acts on a prediction that is no tensor."""
         acting = [s.column for s in self.losses if s.kind in {"LabelSmoothing", *PREDICTIONS}]
-        acting += mixing_columns(model.hyperparameters)
+        acting += mixing_columns(model._stnify.space)
         if acting and not isinstance(prediction, Tensor):
             raise ShapeError(
                 f"the model must return one tensor for {acting}, but returned "
@@ -162,27 +162,27 @@ class Objective:
     def _at_targets(self, model: TunableModule, prediction: Any, target: Any) -> Tensor:
         """Return the criterion at targets that are mixed and smoothed, if anything does that."""
         assert self.criterion is not None
-        space = model.hyperparameters
+        space = model._stnify.space
         smoothing = [space[site.column] for site in self.losses if site.kind == "LabelSmoothing"]
         mixes = mixing_columns(space)
         space.read.update(mixes)
         if not smoothing and not mixes:
             return self.criterion(prediction, target)
-        mixing, value = model.mixing_of(prediction), smoothing[0] if smoothing else None
+        mixing, value = model._stnify.mixing_of(prediction), smoothing[0] if smoothing else None
         return at_targets(self.criterion, prediction, target, value, mixing)
 
     def _of_prediction(self, model: TunableModule, prediction: Any) -> Iterator[Tensor]:
         """Yield the penalties on predictions, ``()``."""
         for site in (site for site in self.losses if site.kind in PREDICTIONS):
-            value = model.hyperparameters[site.column]
+            value = model._stnify.space[site.column]
             yield (value * PREDICTIONS[site.kind](prediction)).mean()
 
     def _of_activations(self, model: TunableModule, depending: list[Tensor]) -> Iterator[Tensor]:
         """Yield the penalties on the activations that the loss depends on, ``()``."""
         for site in (site for site in self.losses if site.kind in ACTIVATIONS):
-            value = model.hyperparameters[site.column]
+            value = model._stnify.space[site.column]
             act = partial(ACTIVATIONS[site.kind], **site.settings)
-            for recorder in (r for r in model.tunables.recorders if r.column == site.column):
+            for recorder in (r for r in model._stnify.recorders if r.column == site.column):
                 yield recorder.penalty(value, act, depending)
 
     def penalty(self, model: TunableModule, batch: Any) -> Tensor | float:
@@ -193,8 +193,8 @@ class Objective:
         terms = self.passes
         if not terms:
             return 0.0
-        space = model.hyperparameters
-        with model.set_aside():
+        space = model._stnify.space
+        with model._stnify.set_aside():
             penalties = [term(model, batch, space[name]).mean() for name, term in terms.items()]
         return torch.stack(penalties).sum()
 
@@ -213,9 +213,9 @@ class Objective:
         its own coefficient and weights; w_0 is a constant. Source: [DeltaSTN] G.2, H.1. The L1
         penalty is taken to first order: ``c_i <sign(w_0), Theta epsilon_i>``.
         """
-        space, constrained = model.hyperparameters, perturbation.constrained
+        space, constrained = model._stnify.space, perturbation.constrained
         assert constrained is not None
-        parameters, responses = model.general_parameters(), model.weight_responses()
+        parameters, responses = model._stnify.general_parameters(), model._stnify.weight_responses()
         for site in self.decays:
             coefficient = constrained[:, space.index(site.column)] * (share / len(constrained))
             for name in (name for name in site.parameters if name in responses):

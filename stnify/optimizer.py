@@ -210,7 +210,7 @@ def refuse_unusable(optimizer: object, model: TunableModule) -> None:
             f"Pass a first-order optimizer such as SGD or AdamW."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trainable = {n: p for n, p in model.general_parameters().items() if p.requires_grad}
+    trainable = {n: p for n, p in model._stnify.general_parameters().items() if p.requires_grad}
     missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
     if missing:
         raise UsageError(
@@ -229,10 +229,10 @@ def _response_groups(
         for i, group in enumerate(base.param_groups)
         for parameter in group["params"]
     }
-    general_parameters = model.general_parameters()
+    general_parameters = model._stnify.general_parameters()
     members: dict[int, list[nn.Parameter]] = {}
     taken: set[int] = set()
-    for weight, layers in model.users().items():
+    for weight, layers in model._stnify.users().items():
         source = source_of.get(id(general_parameters[weight]), 0)  # a frozen weight: its bias alone
         for parameter in (parameter for layer in layers for parameter in layer.parameters()):
             if id(parameter) not in taken:

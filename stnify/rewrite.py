@@ -1,7 +1,6 @@
 """3. Carry a plan out: the graph with hyper layers and noise sites, sharing the user's parameters.
 
-The graph takes three more inputs: ``response_input`` (``(batch, h)`` or None), ``constrained``
-(``(h,)``, ``(batch, h)`` or None) and ``linearized``.
+The graph takes three more inputs, see ``tunable.pass_inputs``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from stnify.augment import Augment, Stats
 from stnify.layers import (
@@ -39,7 +39,18 @@ from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
 from stnify.swap import SwappedFunction, SwappedModule, WeightUse
 from stnify.trace import caller
-from stnify.tunable import PREFIX, TunableModule, Tunables, Use, WholeFunction, insert
+from stnify.tunable import (
+    PASS_INPUTS,
+    PREFIX,
+    TunableModule,
+    Tunables,
+    Use,
+    WholeFunction,
+    insert,
+    share_tree,
+)
+
+RESPONSE_INPUT, CONSTRAINED, LINEARIZED = PASS_INPUTS
 
 
 def _dropout(column: int, site: NoiseSite) -> nn.Module:
@@ -115,7 +126,7 @@ def rewrite(
         stream: Where fresh response weights, and later all noise, are drawn from.
         input_stats: Mean and standard deviation that images were normalised with, if any.
     """
-    tunables = Tunables(space, untraced=bool(plan.traced.opaque))
+    tunables = Tunables(space, model, stream, untraced=bool(plan.traced.opaque))
     tunables.augment = _augment(plan, space, input_stats)
     for name, tensor in plan.traced.constants.items():
         tunables.constants.register_buffer(name, tensor.detach(), persistent=False)
@@ -131,7 +142,7 @@ def rewrite(
         owner = site.name.rpartition(".")[0] if inserted else site.name
         tunables.follow(module, _nearest(model, owner))
         if site.inside is None:
-            _place_noise(copy, nodes, site, f"{PREFIX}.noises.{key}", inputs["constrained"])
+            _place_noise(copy, nodes, site, f"{PREFIX}.noises.{key}", inputs[CONSTRAINED])
         else:
             swaps.noises.setdefault(site.inside, {})[site.name] = module
     _keep_modes(copy, model, tunables)
@@ -158,10 +169,12 @@ def rewrite(
             tunables.follow(module, _nearest(model, weight))
     _keep_whole(copy, plan, tunables)
     swaps.place(copy, tunables, inputs)
-    shell = TunableModule(model, tunables, stream, uses, plan.traced.fixed, plan.traced.through)
     copy.lint()
-    shell.attach(fx.GraphModule(shell, copy, class_name=type(model).__name__))
-    return shell
+    graph = PassGraph(copy)
+    tunables.serve(graph, uses, plan.traced.fixed, plan.traced.through)
+    tunable = TunableModule(tunables)
+    share_tree(tunable, graph)
+    return tunable
 
 
 def _nearest(model: nn.Module, name: str) -> nn.Module:
@@ -280,20 +293,106 @@ def _sharing(
 # Graph --------------------------------------------------------------------------------------------
 
 
-class GraphTracer(fx.Tracer):
-    """Traces a graph's own code, which is how graphs are unpickled, with all it does to buffers.
+class PassGraph(nn.Module):
+    """Runs a graph on the modules, parameters and buffers of a tunable model, by the user's names.
 
-    A plain tracer would compute with buffers on the spot and make constants of what comes out.
+    It has no name of its own that the user's model may have. What is none of these, such as a plain
+    tensor, is read from the user's model in each pass, as its own code does.
+
+    Args:
+        graph: Its targets are names in the tunable model's tree.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
         super().__init__()
-        self.proxy_buffer_attributes = True
+        self.__dict__.update(_stnify_graph=graph, _stnify_code=_compiled(graph))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            tunables = self.__dict__.get("_modules", {}).get(PREFIX)
+            if tunables is None:
+                raise
+            return getattr(tunables.original, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = nn.Module().__dict__  # the tree is shared again by whom it belongs to
+        return {**own, "_stnify_graph": _Written.of(self.__dict__["_stnify_graph"])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        graph = state["_stnify_graph"].graph()
+        super().__setstate__({**state, "_stnify_graph": graph, "_stnify_code": _compiled(graph)})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on its own inputs and those of ``tunable.pass_inputs``."""
+        return self._stnify_code(self, *args, **kwargs)
+
+
+def _compiled(graph: fx.Graph) -> Callable[..., Any]:
+    """Return the graph as a function of the module it reads from and its inputs."""
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<graph of stnify>", "exec"), scope)
+    return cast(Callable[..., Any], scope["forward"])
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A node among the arguments of another one.
+
+    Attributes:
+        name: Of the node.
+    """
+
+    name: str
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return nested arguments with ``function`` applied to every leaf."""
+    return map_aggregate(value, function)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A graph as a list of nodes, which can be pickled whatever its length.
+
+    Attributes:
+        nodes: Operation, target, arguments, keyword arguments and name of each, in order.
+    """
+
+    nodes: tuple[tuple[str, Any, Any, Any, str], ...]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> "_Written":
+        """Write a graph down."""
+
+        def refer(value: Any) -> Any:
+            return _mapped(
+                value, lambda leaf: _Reference(leaf.name) if isinstance(leaf, fx.Node) else leaf
+            )
+
+        return cls(
+            tuple((n.op, n.target, refer(n.args), refer(n.kwargs), n.name) for n in graph.nodes)
+        )
+
+    def graph(self) -> fx.Graph:
+        """Make the graph again."""
+        graph, made = fx.Graph(), dict[str, fx.Node]()
+
+        def resolve(value: Any) -> Any:
+            return _mapped(
+                value, lambda leaf: made[leaf.name] if isinstance(leaf, _Reference) else leaf
+            )
+
+        for op, target, args, kwargs, name in self.nodes:
+            made[name] = graph.create_node(op, target, resolve(args), resolve(kwargs), name)
+        return graph
 
 
 def _copied(plan: Plan) -> tuple[fx.Graph, dict[str, fx.Node]]:
     """Copy the traced graph; return it and its nodes by their names in the plan."""
-    graph = fx.Graph(tracer_cls=GraphTracer)
+    graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(plan.traced.graph, copies))
     for node in graph.nodes:
@@ -307,9 +406,8 @@ def _add_inputs(graph: fx.Graph) -> dict[str, fx.Node]:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     ordinary = [node for node in placeholders if not str(node.target).startswith("**")]
     inputs: dict[str, fx.Node] = {}
-    defaults = {"response_input": None, "constrained": None, "linearized": False}
     anchor = ordinary[-1] if ordinary else next(iter(graph.nodes)).prev
-    for name, default in defaults.items():
+    for name, default in PASS_INPUTS.items():
         with graph.inserting_after(anchor):
             anchor = inputs[name] = graph.placeholder(name, default_value=default)
     return inputs
@@ -420,7 +518,7 @@ def _call_layer(
         activations = arguments.pop("input")
         call = graph.call_module(
             target,
-            (activations, weight, bias, inputs["response_input"], inputs["linearized"]),
+            (activations, weight, bias, inputs[RESPONSE_INPUT], inputs[LINEARIZED]),
             arguments,
         )
     node.replace_all_uses_with(call)
@@ -452,8 +550,8 @@ def _watch(
                 dict(node.kwargs),
                 weights,
                 biases,
-                inputs["response_input"],
-                inputs["linearized"],
+                inputs[RESPONSE_INPUT],
+                inputs[LINEARIZED],
             ),
         )
     node.replace_all_uses_with(watched)

@@ -25,7 +25,7 @@ from stnify.perturb import (
     validation_perturbation,
 )
 from stnify.rows import batch_size, by_example, first_dimensions
-from stnify.tunable import TunableModule
+from stnify.tunable import TunableModule, evaluating
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def response_step(
     """
     eager = linearized_forward if linearized else perturbed_forward
     forwards = forward or eager, eager
-    space, parameters = model.hyperparameters, model.response_parameters()
+    space, parameters = model._stnify.space, model._stnify.response_parameters()
     sizes = [_part(_examples(batch), fraction) for batch in batches]
     losses: list[Tensor] = []
     with _gradients_taken(parameters, buffers) as gradients:
@@ -89,7 +89,7 @@ def response_step(
             drawn = [training_perturbation(space, size)]
             if antithetic:
                 drawn.append(opposite(drawn[0], space))
-            rewind = model._stream.rewinder()
+            rewind = model._stnify.stream.rewinder()
             for perturbation in drawn:
                 rewind()
                 with _running(model, forwards, perturbation, perturbation.constrained):
@@ -130,7 +130,7 @@ def validation_step(
     Returns:
         The loss without the entropy term, and gradients ``"unconstrained"`` and ``"raw_scale"``.
     """
-    space = model.hyperparameters
+    space = model._stnify.space
     forwards = forward or perturbed_forward, perturbed_forward
     batch = to_device(batch, model)
     direct = [space.index(site.column) for site in objective.losses if site.at_validation]
@@ -138,7 +138,7 @@ def validation_step(
     perturbation = validation_perturbation(space, examples, centred=centred, detached=direct)
     drawn = Drawn.by(perturbation, space, centred)
     read = drawn.constrained if direct else None
-    with model.evaluating(), _running(model, forwards, perturbation, read):
+    with evaluating(model), _running(model, forwards, perturbation, read):
         loss = objective.validation(model, batch)
     minimised = loss - entropy_weight * space.entropy()
     if direct and baseline is not None:
@@ -186,8 +186,8 @@ def _running(
                 f"each, but it was called with {given[0]}. Call it once for each view, or put the "
                 f"views into the batch."
             )
-        args, kwargs = model.tunables.augmented(args, kwargs, perturbation.constrained)
-        outputs = forwards[model.tunables.eager](graph, args, kwargs, perturbation)
+        args, kwargs = model._stnify.augmented(args, kwargs, perturbation.constrained)
+        outputs = forwards[model._stnify.eager](graph, args, kwargs, perturbation)
         if not any(isinstance(leaf, Tensor) for leaf in leaves(outputs)):
             raise ShapeError(
                 f"the model must return tensors, or tuples, lists, dictionaries or dataclasses of "
@@ -195,12 +195,12 @@ def _running(
             )
         return outputs
 
-    return model.running(chosen, read)
+    return model._stnify.running(chosen, read)
 
 
 def to_device(batch: Any, model: TunableModule) -> Any:
     """Move every tensor of ``batch``, or a batch that can move itself, to where the model is."""
-    device = model.hyperparameters.unconstrained.device
+    device = model._stnify.space.unconstrained.device
     if not isinstance(batch, Tensor | tuple | list | dict) and callable(getattr(batch, "to", None)):
         return batch.to(device)
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)

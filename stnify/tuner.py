@@ -87,22 +87,22 @@ class Tuner:
         self._versions: list[tuple[Tensor, int]] = []
         self._fetched: list[Any] = []
         self._calls_seen = False
-        self.model.call_before_training(self._before_training_pass)
-        self._centre = self.model.hyperparameters.unconstrained.detach().clone()
+        self.model._stnify.call_before_training(self._before_training_pass)
+        self._centre = self.model._stnify.space.unconstrained.detach().clone()
         self._uncentred = None if self.method.centred else UncentredTraining(self.stream)
         if self._uncentred is not None:
-            self.model.run_by(self._uncentred, uncentred_evaluation)
+            self.model._stnify.run_by(self._uncentred, uncentred_evaluation)
         if not self.method.tunes:
             self._set_fixed_values()
         self._record(math.nan)
         if self.verify_inputs:
-            self.model.remember_inputs()
+            self.model._stnify.remember_inputs()
 
     # Observing ------------------------------------------------------------------------------------
 
     def observe(self, batch: Any) -> None:
         """Remember a training batch until the next optimizer step."""
-        self.model.forget_inputs()
+        self.model._stnify.forget_inputs()
         # Containers of its own, because loops take things out of theirs.
         self.observed.append(map_tensors(self._remember_version, batch))
 
@@ -115,7 +115,7 @@ class Tuner:
 
     def _before_training_pass(self) -> None:
         """Tell what this pass keeps from what others kept, and observe what was fetched for it."""
-        for recorder in self.model.tunables.recorders:
+        for recorder in self.model._stnify.recorders:
             recorder.begin()
         self._observe_fetched()
 
@@ -160,8 +160,8 @@ class Tuner:
                 "uses it again, but the loop or the model changed it in place. Change a copy, or "
                 "use inplace=False in the model's first layer."
             )
-        self.model.refuse_changed_numbers()
-        inputs = self.model.remembered_inputs()
+        self.model._stnify.refuse_changed_numbers()
+        inputs = self.model._stnify.remembered_inputs()
         if inputs is not None:
             self._refuse_other_batch(inputs[0])
             if self.verify_inputs:
@@ -198,7 +198,7 @@ class Tuner:
     def _refuse_unused(self) -> None:
         if self.counters.training_steps:
             return
-        space = self.model.hyperparameters
+        space = self.model._stnify.space
         acting = [site.column for site in self.objective.losses] + mixing_columns(space)
         unused = [column for column in acting if column not in space.read]
         if unused:
@@ -234,13 +234,13 @@ class Tuner:
 
     def decays(self) -> Decays:
         """Return what tuned decay adds to each gradient in the general step."""
-        parameters = self.model.general_parameters()
+        parameters = self.model._stnify.general_parameters()
         sites = self.objective.decays
         if not sites:
             return {}
         if self._uncentred is not None:
             return self._uncentred.decay_gradients(self.model, sites)
-        values = self.model.hyperparameters.values()
+        values = self.model._stnify.space.values()
         coefficients = {
             kind: {n: values[s.column] for s in sites if s.kind == kind for n in s.parameters}
             for kind in ("WeightDecay", "L1Penalty")
@@ -260,11 +260,11 @@ class Tuner:
         """
         batches, self.observed = self.observed, []
         self.latest_training = batches
-        for recorder in self.model.tunables.recorders:
+        for recorder in self.model._stnify.recorders:
             recorder.forget()
         self._versions.clear()
         if self._uncentred is not None:
-            self._uncentred.forget(self.model.hyperparameters)
+            self._uncentred.forget(self.model._stnify.space)
         due = self.counters.training_steps % self.cadence.response_every == 0
         if self.method.response is not None and due:
             self._respond(batches, optimizer)
@@ -278,7 +278,9 @@ class Tuner:
             self._tune()
 
     def _response(self, batches: Sequence[Any]) -> StepResult:
-        frozen = [n for n, p in self.model.response_parameters().items() if not p.requires_grad]
+        frozen = [
+            n for n, p in self.model._stnify.response_parameters().items() if not p.requires_grad
+        ]
         if frozen:
             raise UsageError(
                 f"response parameters must require gradients, but {frozen[0]!r} does not. To "
@@ -298,9 +300,9 @@ class Tuner:
 
     def _buffers(self) -> dict[str, Tensor] | None:
         """Return memory for the response gradients, kept on a CPU, where fresh memory is slow."""
-        if self.model.hyperparameters.unconstrained.device.type != "cpu":
+        if self.model._stnify.space.unconstrained.device.type != "cpu":
             return None
-        for name, parameter in self.model.response_parameters().items():
+        for name, parameter in self.model._stnify.response_parameters().items():
             buffer = self._gradients.get(name)
             if buffer is None or buffer.dtype is not parameter.dtype:
                 self._gradients[name] = torch.empty_like(parameter)
@@ -312,7 +314,7 @@ class Tuner:
             self.counters.skipped_responses += 1
             self._warn_of_skip("response", self.counters.skipped_responses, result)
             return
-        parameters = self.model.response_parameters()
+        parameters = self.model._stnify.response_parameters()
         for name, gradient in result.gradients.items():
             parameters[name].grad = gradient
         optimizer.step()
@@ -329,7 +331,7 @@ class Tuner:
 
         A loss or gradient that is not finite moves nothing, is counted, and is warned of once.
         """
-        space = self.model.hyperparameters
+        space = self.model._stnify.space
         known, space.read = space.read, set()
         self.latest_validation = batch
         try:
@@ -356,7 +358,7 @@ class Tuner:
         return result
 
     def _move(self, result: StepResult) -> None:
-        space = self.model.hyperparameters
+        space = self.model._stnify.space
         space.unconstrained.grad = result.gradients["unconstrained"]
         self.recent.append(result.gradients["unconstrained"].clone())
         space.raw_scale.grad = result.gradients["raw_scale"] if self.cadence.tune_scale else None
@@ -373,7 +375,7 @@ class Tuner:
     @torch.no_grad()
     def _set_fixed_values(self) -> None:
         """Hold the start, or the schedule's values at this step, and jitter about them."""
-        space, step = self.model.hyperparameters, self.counters.training_steps
+        space, step = self.model._stnify.space, self.counters.training_steps
         if self.schedule is not None:
             space.set_values(self.schedule.at(step))
             self._centre = space.unconstrained.detach().clone()
@@ -406,7 +408,7 @@ class Tuner:
             )
 
     def _record(self, validation_loss: float) -> None:
-        space = self.model.hyperparameters
+        space = self.model._stnify.space
         step = self.counters.training_steps
         self.history.append(Record(step, space.values(), space.scales(), validation_loss))
 
@@ -414,7 +416,7 @@ class Tuner:
 
     def columns(self) -> list[tuple[str, float, float]]:
         """Return name and range of each hyperparameter: what a state must agree in."""
-        return [(c.name, *c.range) for c in self.model.hyperparameters.columns]
+        return [(c.name, *c.range) for c in self.model._stnify.space.columns]
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters, history, random streams, lambda's optimizer: all but the model."""
@@ -432,7 +434,7 @@ class Tuner:
             "flops": dict(self.flops),
             "baseline": self._baseline,
             "recent": list(self.recent),
-            "read": sorted(self.model.hyperparameters.read),
+            "read": sorted(self.model._stnify.space.read),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -447,14 +449,14 @@ class Tuner:
         self._centre = state["centre"].to(self._centre)
         self.verify_inputs = state["verify_inputs"]
         if self.verify_inputs:
-            self.model.remember_inputs()
+            self.model._stnify.remember_inputs()
         self.layouts = dict(state["layouts"])
         set_layouts(self.model, self.layouts)
         self.flops = dict(state["flops"])
         self._baseline = state["baseline"]
         self.recent.clear()
         self.recent.extend(gradient.to(self._centre) for gradient in state["recent"])
-        self.model.hyperparameters.read.update(state["read"])
+        self.model._stnify.space.read.update(state["read"])
         self.observed = []
 
 

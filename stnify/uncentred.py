@@ -17,7 +17,7 @@ from stnify.plan import DecaySite
 from stnify.rows import batch_size
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
-from stnify.tunable import PREFIX, TunableModule, Tunables
+from stnify.tunable import PREFIX, TunableModule, Tunables, pass_inputs
 
 
 class UncentredTraining:
@@ -46,7 +46,7 @@ class UncentredTraining:
             tunables = _tunables(graph)
             args, kwargs = tunables.augmented(args, kwargs, perturbation.constrained)
             with tunables.weights_disturbed(cast(nn.Module, graph), perturbation.constrained):
-                return graph(*args, **kwargs, **perturbation._asdict())
+                return graph(*args, **kwargs, **pass_inputs(*perturbation))
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
@@ -69,17 +69,17 @@ class UncentredTraining:
         self, model: TunableModule, sites: tuple[DecaySite, ...]
     ) -> dict[nn.Parameter, Tensor]:
         """Return the gradient of all weight decays over the draws since the last step."""
-        general = model.general_parameters()
-        responses = model.weight_responses()
+        general = model._stnify.general_parameters()
+        responses = model._stnify.weight_responses()
         parameters = [general[name] for site in sites for name in site.parameters]
-        parameters += [p for p in model.response_parameters().values() if p.requires_grad]
+        parameters += [p for p in model._stnify.response_parameters().values() if p.requires_grad]
         rows = sum(len(draw.response_input) for draw in self.drawn)
-        total = torch.zeros((), device=model.hyperparameters.unconstrained.device)
+        total = torch.zeros((), device=model._stnify.space.unconstrained.device)
         with torch.enable_grad():
             for draw in self.drawn:
                 assert draw.constrained is not None
                 for site in sites:
-                    coefficient = draw.constrained[:, model.hyperparameters.index(site.column)]
+                    coefficient = draw.constrained[:, model._stnify.space.index(site.column)]
                     penalty = weight_decay(
                         coefficient, site.parameters, general, responses, draw.response_input
                     )
@@ -99,7 +99,7 @@ def uncentred_evaluation(
     """Run the graph at lambda, unperturbed and without noise."""
     batch = batch_size((args, kwargs))
     response_input = _space(graph).unconstrained.detach().expand(batch, -1)
-    return graph(*args, **kwargs, response_input=response_input)
+    return graph(*args, **kwargs, **pass_inputs(response_input))
 
 
 def _space(graph: Any) -> HyperparameterSpace:

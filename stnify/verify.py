@@ -12,7 +12,7 @@ from stnify.errors import TraceError
 from stnify.nested import leaves, map_tensors
 from stnify.rows import RowLayout, batch_size, by_example
 from stnify.streams import RandomStream
-from stnify.tunable import TunableModule
+from stnify.tunable import TunableModule, evaluating, pass_inputs
 from stnify.untouched import state_restored
 
 PROBES = 5
@@ -46,10 +46,10 @@ def verify(
     Raises:
         TraceError: In eval mode the graph's output differs from the original's in any bit.
     """
-    private = RandomStream(0, model.hyperparameters.unconstrained.device)
-    with model.evaluating(), private.active():
+    private = RandomStream(0, model._stnify.space.unconstrained.device)
+    with evaluating(model), private.active():
         _refuse_difference(model, args, kwargs)
-        with model.buffers_restored(), state_restored(model._original):
+        with model._stnify.buffers_restored(), state_restored(model._stnify.original):
             return _probe_layouts(model, (args, dict(kwargs)))
 
 
@@ -60,7 +60,7 @@ def set_layouts(model: TunableModule, words: Mapping[str, str]) -> None:
 
 
 def _sites(model: TunableModule) -> dict[str, Any]:
-    layers, noises = model.tunables.layers.items(), model.tunables.noises.items()
+    layers, noises = model._stnify.layers.items(), model._stnify.noises.items()
     return {f"layers.{n}": s for n, s in layers} | {f"noises.{n}": s for n, s in noises}
 
 
@@ -68,15 +68,16 @@ def _refuse_difference(
     model: TunableModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     runs = []
-    for run in (model._original, model._graph):
-        with model.buffers_restored(), state_restored(model._original):
+    original = model._stnify.original
+    for run in (original, model._stnify.graph):
+        with model._stnify.buffers_restored(), state_restored(original):
             runs.append(run(*args, **kwargs))
     expected, found = (list(leaves(outputs)) for outputs in runs)
     if len(expected) != len(found) or not all(map(_identical, expected, found)):
         raise TraceError(
-            f"the traced graph must compute exactly what {type(model._original).__name__} computes "
-            f"in eval mode, but its output differs. The model's control flow depends on its inputs "
-            f"or on something outside; name the module that does so in `leaves=`."
+            f"the traced graph must compute exactly what {type(original).__name__} computes in "
+            f"eval mode, but its output differs. The model's control flow depends on its inputs or "
+            f"on something outside; name the module that does so in `leaves=`."
         )
 
 
@@ -147,12 +148,12 @@ def _seen(
 ) -> Rows:
     """Run the graph and return what every site receives, call by call."""
     nowhere = None
-    if model.tunables.swapped or model.tunables.functions:
+    if model._stnify.swapped or model._stnify.functions:
         # Perturbed by nought, because only perturbed passes watch the calls of other code.
-        nowhere = torch.zeros_like(model.hyperparameters.unconstrained).expand(batch, -1)
-    values = model.hyperparameters.current  # in eval mode noise lets all pass, but is called
+        nowhere = torch.zeros_like(model._stnify.space.unconstrained).expand(batch, -1)
+    values = model._stnify.space.current  # in eval mode noise lets all pass, but is called
     with _recorded(sites) as seen:
-        model._graph(*args, **kwargs, response_input=nowhere, constrained=values)
+        model._stnify.graph(*args, **kwargs, **pass_inputs(nowhere, values))
     return seen
 
 

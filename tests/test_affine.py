@@ -337,7 +337,7 @@ def converted(name, kind=Calling, **options):
 
 
 def predict(forward, stn, inputs, response_input):
-    return forward(stn.model._graph, (inputs,), {}, Perturbation(response_input, None))
+    return forward(stn.model._stnify.graph, (inputs,), {}, Perturbation(response_input, None))
 
 
 def parameters_of(stn, delta, shared=()):
@@ -634,7 +634,7 @@ def test_an_export_of_delta_is_exact():
 def test_an_export_of_stn_folds_the_responses_of_parameters():
     stn, inputs = run("stn")
     plain, tuned = stn.export().eval(), stn.model.eval()
-    unfolded = copy.deepcopy(stn.model._original).eval()
+    unfolded = copy.deepcopy(stn.model._stnify.original).eval()
     # Rounding of float32 in another order; unfolded scales differ by more.
     assert torch.allclose(plain(inputs), tuned(inputs), rtol=1e-4, atol=1e-5)
     assert not torch.equal(plain[1].weight, unfolded[1].weight)

@@ -10,7 +10,7 @@ from stnify.step import response_step
 
 
 def response_gradients(stn, batch, *, antithetic, **options):
-    with stn.model._stream.active():
+    with stn.model._stnify.stream.active():
         return response_step(
             stn.model, [batch], stn._tuner.objective, antithetic=antithetic, **options
         ).gradients
@@ -32,7 +32,7 @@ def test_the_gradient_is_the_mean_of_two_passes_under_the_same_noise():
     torch.manual_seed(0)
     stn = convert(perceptron(), [Dropout(after="1", init=0.4), WeightDecay()])
     train(*stn, 5, criterion=stn.criterion)
-    batch, stream, space = next(iter(batches())), stn.model._stream, stn.hyperparameters
+    batch, stream, space = next(iter(batches())), stn.model._stnify.stream, stn.hyperparameters
     start = stream.state_dict()
     found = response_gradients(stn, batch, antithetic=True)
     after = stream.state_dict()

@@ -115,7 +115,7 @@ def test_the_converted_model_keeps_its_promises(assertion):
 
 def test_rows_of_attention_weights_are_measured():
     stn = stnify(Reader(), [AttentionDropout()], example_inputs=words())
-    assert {noise.layout for noise in stn.model.tunables.noises.values()} == {RowLayout.BATCH}
+    assert {noise.layout for noise in stn.model._stnify.noises.values()} == {RowLayout.BATCH}
     assert {layer.layout for layer in stn.model.hyper_layers.values()} == {
         RowLayout.BATCH,
         RowLayout.SECOND,
@@ -148,7 +148,7 @@ def test_the_slow_way_agrees_with_a_mask_that_is_given():
     """With every draw the same, the attention is that of masked probabilities, head by head."""
     model = nn.Sequential(Attending(8, 2), nn.Linear(8, 5)).double()
     tuned, inputs = converted(copy.deepcopy(model), RATE), torch.randn(3, 6, 8).double()
-    before = tuned._stream.state_dict()
+    before = tuned._stnify.stream.state_dict()
     found = tuned(inputs)
     with torch.random.fork_rng():
         torch.set_rng_state(before["cpu"])

@@ -105,12 +105,16 @@ def perturbation(response_input: Tensor) -> Perturbation:
 
 def perturbed(stn: STN, call: Call, response_input: Tensor) -> list[Tensor]:
     args, kwargs = call
-    return tensors(perturbed_forward(stn.model._graph, args, kwargs, perturbation(response_input)))
+    return tensors(
+        perturbed_forward(stn.model._stnify.graph, args, kwargs, perturbation(response_input))
+    )
 
 
 def linearized(stn: STN, call: Call, response_input: Tensor) -> list[Tensor]:
     args, kwargs = call
-    return tensors(linearized_forward(stn.model._graph, args, kwargs, perturbation(response_input)))
+    return tensors(
+        linearized_forward(stn.model._stnify.graph, args, kwargs, perturbation(response_input))
+    )
 
 
 def rows_of(call: Call) -> int:
@@ -122,7 +126,7 @@ def rows_of(call: Call) -> int:
 def test_eval_mode_is_the_original(case, runs):
     model, twin = build(case).eval(), build(case).eval()
     stn = converted(case, model)
-    runner = stn.model if runs == "model" else stn.model._graph
+    runner = stn.model if runs == "model" else stn.model._stnify.graph
     for call in all_calls(case):
         found, expected = run(runner, call), run(twin, call)
         assert same(found, expected)

@@ -295,7 +295,7 @@ def converted(name, kind, response="full"):
 
 def predict(forward, stn, inputs, response_input):
     with torch.no_grad():
-        return forward(stn.model._graph, (inputs,), {}, Perturbation(response_input, None))
+        return forward(stn.model._stnify.graph, (inputs,), {}, Perturbation(response_input, None))
 
 
 def one_by_one(stn, model, inputs, response_input):
@@ -331,7 +331,7 @@ def test_weights_and_rows_are_found(name, kind):
     with torch.no_grad():
         expected = model(inputs)
         assert torch.equal(stn.model(inputs), expected)
-        assert torch.equal(stn.model._graph(inputs), expected)
+        assert torch.equal(stn.model._stnify.graph(inputs), expected)
 
 
 @everywhere

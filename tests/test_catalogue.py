@@ -216,10 +216,10 @@ def perturbed(
     drawn = Perturbation(response_input, constrained)
 
     def run(graph, args, kwargs):
-        args, kwargs = stn.model.tunables.augmented(args, kwargs, drawn.constrained)
+        args, kwargs = stn.model._stnify.augmented(args, kwargs, drawn.constrained)
         return forward(graph, args, kwargs, drawn)
 
-    with torch.random.fork_rng(), stn.model.running(run, constrained):
+    with torch.random.fork_rng(), stn.model._stnify.running(run, constrained):
         torch.manual_seed(seed)
         return stn.model(kind.batch(dtype=response_input.dtype)[0]).detach()
 

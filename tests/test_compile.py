@@ -107,7 +107,7 @@ def test_validation_pass(stn, fullgraph):
 
 def _agree_perturbed(stn, function, compiled, parameters):
     stn.hyperparameters.raw_scale.data.fill_(-2.0)
-    graph = stn.model._graph
+    graph = stn.model._stnify.graph
     perturbation = training_perturbation(stn.hyperparameters, len(IMAGES))
 
     def run(forward):
@@ -187,7 +187,7 @@ def test_watched_calls_compile_as_one_graph_or_run_eagerly_with_a_warning(recurr
         drawn = Perturbation(torch.linspace(-1, 1, 6).double()[:, None], None)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = forward(stn.model._graph, (inputs,), {}, drawn)
+            found = forward(stn.model._stnify.graph, (inputs,), {}, drawn)
         eager = [w for w in caught if "response pass runs eagerly" in str(w.message)]
         assert len(eager) == (switch and recurrent)
         gradients.append(torch.autograd.grad(found.square().sum(), list(parameters.values())))
@@ -207,7 +207,7 @@ def test_augmentations_compile_and_still_refuse_other_units():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
         stn = stnify(model, declared, compile=compiled, seed=0)
-        assert (stn.model.tunables.augment._compiled_call_impl is not None) == compiled
+        assert (stn.model._stnify.augment._compiled_call_impl is not None) == compiled
         stn.model.train()
         stn.model(images)
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -231,7 +231,7 @@ def test_a_penalty_that_differentiates_runs_beside_compiled_passes():
         torch.manual_seed(0)
         stn = convert(perceptron(), [JacobianPenalty(init=0.1)], compile=compiled)
         steps[compiled] = [stn.step(batch) for batch in stn.train_loader]
-        assert not stn.model.tunables.eager
+        assert not stn.model._stnify.eager
     # Float32, summed in another order, over five steps.
     assert steps[True] == pytest.approx(steps[False], rel=1e-4)
     torch._dynamo.reset()

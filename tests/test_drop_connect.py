@@ -165,7 +165,7 @@ def converted(case: Case, **options: Any) -> STN:
 
 def factors_of(stn: STN) -> dict[str, Tensor]:
     """Draw what the next pass draws first, by name of the weight."""
-    noises, current = stn.model.tunables.weight_noises, stn.hyperparameters.current
+    noises, current = stn.model._stnify.weight_noises, stn.hyperparameters.current
     found = weight_factors(noises, stn.model.get_parameter, current)
     return {name: found[name] for noise in noises for name in noise.sharing}
 
@@ -179,10 +179,10 @@ def test_the_general_step_is_that_of_a_masked_model(name, method):
     """Weights are multiplied by hand in a copy of the model."""
     case = CASES[name]
     stn = converted(case, method=method)
-    plain = copy.deepcopy(stn.model._original)
+    plain = copy.deepcopy(stn.model._stnify.original)
     inputs, target = batch(case)
     without = F.cross_entropy(plain(inputs), target)
-    with copy.deepcopy(stn.model._stream).active():
+    with copy.deepcopy(stn.model._stnify.stream).active():
         factors = factors_of(stn)
     assert set(factors) == set(case.masked)
     weights = dict(plain.named_parameters())
@@ -232,7 +232,7 @@ def drawn_for(stn: STN) -> Perturbation:
 
 
 def factors_of_response_pass(stn: STN, drawn: Perturbation) -> dict[str, Tensor]:
-    noises = stn.model.tunables.weight_noises
+    noises = stn.model._stnify.weight_noises
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return weight_factors(noises, stn.model.get_parameter, drawn.constrained)
@@ -249,9 +249,9 @@ def test_the_response_pass_is_that_of_a_model_masked_as_a_whole(name, forward, r
     factors = factors_of_response_pass(stn, drawn)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        found = forward(stn.model._graph, (inputs,), {}, drawn)
+        found = forward(stn.model._stnify.graph, (inputs,), {}, drawn)
     silent = drawn._replace(constrained=None)
-    unmasked = forward(stn.model._graph, (inputs,), {}, silent)
+    unmasked = forward(stn.model._stnify.graph, (inputs,), {}, silent)
     own = {id(p): p.detach().clone() for p in stn.model.parameters()}
     with torch.no_grad():
         scaled: set[int] = set()
@@ -260,7 +260,7 @@ def test_the_response_pass_is_that_of_a_model_masked_as_a_whole(name, forward, r
             if id(parameter) not in scaled:
                 scaled.add(id(parameter))
                 parameter.mul_(factor)
-        expected = forward(stn.model._graph, (inputs,), {}, silent)
+        expected = forward(stn.model._stnify.graph, (inputs,), {}, silent)
         for parameter in stn.model.parameters():
             parameter.copy_(own[id(parameter)])
     torch.testing.assert_close(found, expected, **TOLERANCE)
@@ -321,12 +321,12 @@ def test_masks_are_drawn_anew_in_every_pass_and_not_in_eval_mode():
     inputs, _ = batch(case)
     assert not torch.equal(stn.model(inputs), stn.model(inputs))
     stn.model.eval()
-    assert torch.equal(stn.model(inputs), stn.model._original.eval()(inputs))
+    assert torch.equal(stn.model(inputs), stn.model._stnify.original.eval()(inputs))
 
 
 def test_the_batch_takes_the_mean_of_its_rates():
     stn = stnify(nn.Linear(5, 4), [DropConnect(init=RATE)], seed=0)
-    (noise,) = stn.model.tunables.weight_noises
+    (noise,) = stn.model._stnify.weight_noises
     rates = torch.tensor([[0.2], [0.7]])
     factors = noise.factors(stn.model.get_parameter, rates)["weight"]
     assert torch.allclose(factors[factors != 0], torch.tensor(1 / 0.55))
@@ -356,7 +356,7 @@ def test_each_layer_has_its_own_rate_if_asked():
     stn = stnify(model, [DropConnect(per_layer=True)], seed=0)
     stn.hyperparameters.set_values({"drop_connect.0": 0.1, "drop_connect.1": 0.8})
     shares = {}
-    for noise in stn.model.tunables.weight_noises:
+    for noise in stn.model._stnify.weight_noises:
         factors = noise.factors(stn.model.get_parameter, stn.hyperparameters.current)
         shares.update({n: float((factors[n] == 0).double().mean()) for n in noise.sharing})
     # 2000 and 1600 weights: a standard deviation is at most 0.013.

@@ -536,7 +536,7 @@ def test_a_batch_of_another_kind_needs_forward_loss(batch, got):
         stn.step(batch)
     inputs, target = first_batch()
     stn._tuner.observed.clear()
-    stn.model.remembered_inputs()  # or the batch would be refused for not being the model's
+    stn.model._stnify.remembered_inputs()  # or the batch would be refused for not being the model's
     stn.observe(batch)
     F.cross_entropy(stn.model(inputs), target).backward()
     with pytest.raises(ShapeError, match=message):

@@ -218,7 +218,7 @@ def test_eval_and_training_are_the_original(name):
             given = inputs(name, examples)
             expected = twin(**given)
             assert same(stn.model(**given), expected)
-            assert same(stn.model._graph(**given), expected)
+            assert same(stn.model._stnify.graph(**given), expected)
     loss_of(stn.model(**given)).backward()
     loss_of(twin(**given)).backward()
     for (key, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -244,7 +244,7 @@ def test_tangents_are_differences_and_rows_are_independent(name):
     @torch.no_grad()
     def run(forward: Any, response_input: Tensor) -> Tensor:
         perturbation = Perturbation(response_input, None)
-        outputs = forward(stn.model._graph, (), given, perturbation)
+        outputs = forward(stn.model._stnify.graph, (), given, perturbation)
         return outputs.logits
 
     # The larger step keeps the rounding of single precision out.

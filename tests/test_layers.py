@@ -459,7 +459,9 @@ def test_tied_weights_are_perturbed_alike_wherever_they_are_used(late, response)
     for parameter in stn.model.response_parameters().values():
         parameter.data.normal_()
     response_input = torch.randn(5, HYPERPARAMETERS, dtype=torch.float64)
-    found = perturbed_forward(stn.model._graph, (words,), {}, Perturbation(response_input, None))
+    found = perturbed_forward(
+        stn.model._stnify.graph, (words,), {}, Perturbation(response_input, None)
+    )
     ((name, of_weight),) = stn.model.weight_responses().items()
     assert of_weight.axis == (0 if late else 1)
     ((_, of_bias),) = stn.model.bias_responses().items()

@@ -99,7 +99,7 @@ def predict(stn: stnify.STN, forward, inputs: Tensor, drawn: Perturbation, seed=
     def run(graph, args, kwargs):
         return forward(graph, args, kwargs, drawn)
 
-    with stn.model.running(run, drawn.constrained):
+    with stn.model._stnify.running(run, drawn.constrained):
         return stn.model(inputs).detach()
 
 
@@ -207,7 +207,7 @@ def test_only_response_parameters_are_differentiated_and_buffers_stay():
     buffers = {name: buffer.clone() for name, buffer in stn.model.named_buffers()}
     for forward in (linearized_forward, perturbed_forward):
         drawn = perturbation(stn)
-        outputs = forward(stn.model._graph, (inputs,), {}, drawn)
+        outputs = forward(stn.model._stnify.graph, (inputs,), {}, drawn)
         stn.model.zero_grad()
         outputs.square().sum().backward()
         assert all(p.grad is None for p in stn.model.general_parameters().values())

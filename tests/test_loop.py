@@ -480,8 +480,8 @@ def test_an_untraceable_model_trains_as_its_traceable_twin(method):
     swapped.load_state_dict(traced.state_dict())
     hparams = [Dropout(init=0.2), WeightDecay(init=0.1)]
     one, other = (convert(model, hparams, method=method) for model in (traced, swapped))
-    assert not one.model.tunables.swapped
-    assert other.model.tunables.swapped
+    assert not one.model._stnify.swapped
+    assert other.model._stnify.swapped
     train(*one, 8)
     train(*other, 8)
     assert same(general(one), general(other))
@@ -800,7 +800,7 @@ def test_tied_weights_and_modules_called_twice_train(method):
     train(*stn, 12)
     assert model.out.weight is model.table.weight
     assert moved(before, parts(stn)) == set(before)
-    shared = {id(layer.weight_response) for layer in stn.model.users()["table.weight"]}
+    shared = {id(layer.weight_response) for layer in stn.model._stnify.users()["table.weight"]}
     assert len(shared) == 1
     assert all(p.isfinite().all() for p in stn.model.parameters())
     names = {n for n, p in before["response"].items() if not torch.equal(p, response(stn)[n])}

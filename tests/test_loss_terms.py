@@ -67,7 +67,7 @@ def converted(*declared: Declaration, outputs: int = CLASSES, **options: Any) ->
     defaults = {"criterion": F.cross_entropy, "seed": 0, "verify": False}
     stn = stnify(model, declared, optimizer=optimizer, **{**defaults, **options})
     with torch.no_grad():
-        for name, parameter in stn.model.response_parameters().items():
+        for name, parameter in stn.model._stnify.response_parameters().items():
             if name.endswith("gate"):
                 parameter.normal_(0, 0.5)
     return stn
@@ -108,7 +108,7 @@ def examples_of(stn: STN, drawn: Perturbation, linearized: bool) -> list[Example
 
 
 def _at_weights_of(stn: STN, epsilon: Tensor, linearized: bool) -> Callable[..., Tensor]:
-    original = stn.model._original
+    original = stn.model._stnify.original
     general = {name: p.detach() for name, p in original.named_parameters()}
     layers = {name: stn.model.hyper_layers[name] for name in ("hidden", "head")}
     change = {}
@@ -241,7 +241,7 @@ def response_gradients(stn: STN, drawn: Perturbation, method: str, monkeypatch) 
 
 
 def by_hand(stn: STN, loss: Tensor) -> list[Tensor]:
-    parameters = list(stn.model.response_parameters().values())
+    parameters = list(stn.model._stnify.response_parameters().values())
     return list(torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True))
 
 
@@ -280,7 +280,7 @@ def test_the_general_step_minimises_the_plain_loss_and_the_term(name):
     inputs, target = batch()
     stn.observe((inputs, target))
     found = stn.criterion(stn.model(inputs), target)
-    model = stn.model._original
+    model = stn.model._stnify.original
     examples = [
         Example(lambda f, x: f(model, x), x[None], t[None], stn.hyperparameters.current)
         for x, t in zip(inputs, target, strict=True)
@@ -289,7 +289,7 @@ def test_the_general_step_minimises_the_plain_loss_and_the_term(name):
     added = torch.stack([term.added(example) for example in examples]).mean()
     torch.testing.assert_close(found, plain + added, **TOLERANCE)
     assert abs(added) > 1e-4, "the term must count"
-    parameters = list(stn.model.general_parameters().values())
+    parameters = list(stn.model._stnify.general_parameters().values())
     expected = torch.autograd.grad(plain + added, parameters, materialize_grads=True)
     assert_all_close(torch.autograd.grad(found, parameters, materialize_grads=True), expected)
 
@@ -459,7 +459,7 @@ def test_predictions_the_loss_does_not_depend_on_do_not_count(place, method):
 
 def test_nothing_is_kept_beyond_the_step():
     _, stn = losses_with(a_log_line, "behind")
-    (recorder,) = stn.model.tunables.recorders
+    (recorder,) = stn.model._stnify.recorders
     assert not recorder.passes
     stn.model(batch()[0])
     assert [len(each) for each in recorder.passes] == [1], "the test must see what is kept"
@@ -471,7 +471,7 @@ def test_predictions_that_one_loss_depends_on_count_by_their_mean():
     separate = [stn.criterion(stn.model(x), target) for x in (inputs, 2 * inputs)]
     plain = [F.cross_entropy(stn.model(x), target) for x in (inputs, 2 * inputs)]
     stn.optimizer.zero_grad()
-    for recorder in stn.model.tunables.recorders:
+    for recorder in stn.model._stnify.recorders:
         recorder.forget()
     both = stn.model(inputs), stn.model(2 * inputs)
     together = stn.criterion(torch.cat(both), target.repeat(2))
@@ -574,7 +574,7 @@ def test_the_response_gradient_of_l1_is_the_difference_of_the_first_order_penalt
     drawn = drawn_for(stn)
     found = response_gradients(stn, drawn, "delta", monkeypatch)
     for (name, parameter), gradient in zip(
-        stn.model.response_parameters().items(), found, strict=True
+        stn.model._stnify.response_parameters().items(), found, strict=True
     ):
         for place in range(0, parameter.numel(), 3):
             entry = parameter.data.view(-1)[place : place + 1]

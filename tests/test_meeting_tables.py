@@ -116,7 +116,7 @@ def converted(relate, **options):
 
 
 def predict(forward, stn, given, response_input):
-    return forward(stn.model._graph, (given,), {}, Perturbation(response_input, None))
+    return forward(stn.model._stnify.graph, (given,), {}, Perturbation(response_input, None))
 
 
 def one_by_one(stn, given, response_input, rows_of_the_table):
@@ -131,7 +131,7 @@ def one_by_one(stn, given, response_input, rows_of_the_table):
             "table": responses["table"].materialise(general["table"], rows_of_the_table[i]),
         }
         parameters = {name: general[name] + change for name, change in perturbed.items()}
-        found.append(functional_call(stn.model._original, parameters, (given,))[i])
+        found.append(functional_call(stn.model._stnify.original, parameters, (given,))[i])
     return torch.stack(found)
 
 
@@ -174,8 +174,10 @@ def test_the_table_is_perturbed_by_the_mean_over_the_batch(relate, length):
     found = predict(linearized_forward, stn, given, drawn)
     ahead, behind = (one_by_one(stn, given, t * drawn, t * mean) for t in (1e-4, -1e-4))
     slope = (ahead - behind) / 2e-4
-    torch.testing.assert_close(found, stn.model._original(given) + slope, rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(found, stn.model._original(given), rtol=1e-2)
+    torch.testing.assert_close(
+        found, stn.model._stnify.original(given) + slope, rtol=1e-6, atol=1e-6
+    )
+    assert not torch.allclose(found, stn.model._stnify.original(given), rtol=1e-2)
 
 
 @meeting

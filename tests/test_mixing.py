@@ -121,7 +121,7 @@ def test_the_general_step_mixes_images_and_targets_alike(name, probabilities, mi
     found = stn.criterion(prediction, given)
     (what,) = mixed
     assert_mixed(name, what, images)
-    expected = mixed_loss(stn.model._original(what.images), target, what.partner, what.share)
+    expected = mixed_loss(stn.model._stnify.original(what.images), target, what.partner, what.share)
     torch.testing.assert_close(found, expected, **TOLERANCE)
     assert not torch.allclose(found, F.cross_entropy(prediction, target))
     assert (what.share < 0.99).any()
@@ -184,10 +184,10 @@ def test_the_response_step_mixes_each_example_at_its_own_strength(name, mixed, m
         found = response_step(stn.model, [(images, target)], stn._tuner.objective)
         (what,) = mixed
         torch.manual_seed(0)
-        alone = stn.model.tunables.augment(images, strengths)
+        alone = stn.model._stnify.augment(images, strengths)
     assert torch.equal(what.images, alone.images)
     assert_mixed(name, what, images)
-    prediction = linearized_forward(stn.model._graph, (what.images,), {}, drawn)
+    prediction = linearized_forward(stn.model._stnify.graph, (what.images,), {}, drawn)
     loss = mixed_loss(prediction, target, what.partner, what.share)
     torch.testing.assert_close(found.loss, loss.detach(), **TOLERANCE)
     parameters = list(stn.model.response_parameters().values())

@@ -13,6 +13,7 @@ from zoo import ZOO, images, timm_model
 
 from stnify import Dropout, WeightDecay, stnify
 from stnify.testing import assert_state_roundtrip
+from stnify.tunable import pass_inputs
 
 DECAY = WeightDecay()
 
@@ -24,7 +25,7 @@ def _name(request):
 
 
 def graph_of(stn):
-    return stn.model._graph
+    return stn.model._stnify.graph
 
 
 def open_gates(stn):
@@ -45,9 +46,9 @@ def test_eval_mode_graph_and_export_are_the_original_bit_for_bit(name, response)
             assert torch.equal(graph_of(stn)(batch), expected)
             assert torch.equal(stn.export()(batch), expected)
             response_input = torch.zeros(len(batch), 1)
-            assert torch.equal(graph_of(stn)(batch, response_input=response_input), expected)
+            assert torch.equal(graph_of(stn)(batch, **pass_inputs(response_input)), expected)
             open_gates(stn)  # negative control: an open gate with an input changes the output
-            changed = graph_of(stn)(batch, response_input=torch.ones(len(batch), 1))
+            changed = graph_of(stn)(batch, **pass_inputs(torch.ones(len(batch), 1)))
             assert not torch.allclose(changed, expected, atol=1e-4)
             assert torch.equal(stn.model(batch), expected)
 
@@ -147,13 +148,15 @@ def test_deepcopy_and_pickle_are_whole_and_independent(name):
     expected = stn.model(batch)
     for twin in (copy.deepcopy(stn.model), pickle.loads(pickle.dumps(stn.model))):
         assert torch.equal(twin(batch), expected)
-        assert torch.equal(twin._graph(batch), expected)
+        assert torch.equal(twin._stnify.graph(batch), expected)
         assert set(twin.state_dict()) == set(stn.model.state_dict())
         with torch.no_grad():
             for parameter in twin.parameters():
                 parameter.add_(1.0)
-        assert not torch.allclose(twin._graph(batch), expected)  # the graph sees its own tree
-        assert torch.equal(twin._graph(batch), twin(batch))
+        assert not torch.allclose(
+            twin._stnify.graph(batch), expected
+        )  # the graph sees its own tree
+        assert torch.equal(twin._stnify.graph(batch), twin(batch))
         assert torch.equal(stn.model(batch), expected)
         twin.train()
         assert twin(batch).shape == expected.shape
@@ -216,11 +219,11 @@ def test_copies_compute_with_their_buffers_as_they_are_then(tabled, way):
     twin, batch = WAYS[way](model), images(2)
     for (key, buffer), other in zip(model.named_buffers(), twin.buffers(), strict=True):
         assert torch.equal(buffer, other), key
-    assert torch.equal(twin._graph(batch), model(batch))
+    assert torch.equal(twin._stnify.graph(batch), model(batch))
     tables = [buffer for buffer in twin.buffers() if buffer.dtype is torch.long and buffer.ndim]
     for table in tables:
         table.zero_()
-    changed = twin._graph(batch)
+    changed = twin._stnify.graph(batch)
     assert torch.equal(changed, twin(batch))
     assert tables
     assert not torch.allclose(changed, model(batch), atol=1e-3)
@@ -265,7 +268,7 @@ def test_a_sequential_can_still_be_indexed():
 def test_moving_the_shell_moves_what_the_graph_uses():
     stn = stnify(ZOO["functional"](), [DECAY])
     stn.model.double().eval()
-    found = graph_of(stn)(images(2).double(), response_input=torch.zeros(2, 1).double())
+    found = graph_of(stn)(images(2).double(), **pass_inputs(torch.zeros(2, 1).double()))
     assert found.dtype is torch.float64
     assert torch.equal(found, stn.model(images(2).double()))
 

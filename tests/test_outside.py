@@ -22,6 +22,7 @@ from stnify.objective import Objective
 from stnify.perturb import Perturbation
 from stnify.rows import RowLayout, batch_size, first_dimensions
 from stnify.step import validation_step
+from stnify.tunable import evaluating
 
 # A decoder, as nanoGPT has it ---------------------------------------------------------------------
 
@@ -327,11 +328,11 @@ def test_eval_mode_graph_and_export_are_the_original(outside):
         for count in (2, 3):
             batch = outside.data(count, size)
             expected = outside.call(twin, batch)
-            for found in (stn.model, stn.model._graph, stn.export()):
+            for found in (stn.model, stn.model._stnify.graph, stn.export()):
                 assert torch.equal(outside.call(found, batch), expected)
     with torch.no_grad():  # negative control
         next(iter(model.parameters())).add_(1.0)
-    assert not torch.equal(outside.call(stn.model._graph, batch), expected)
+    assert not torch.equal(outside.call(stn.model._stnify.graph, batch), expected)
 
 
 def test_training_is_the_originals_with_its_gradients(outside):
@@ -388,7 +389,7 @@ def perturbed(stn: STN, outside: Outside, batch: Any, response_input: Tensor) ->
     def chosen(graph, args, kwargs):
         return perturbed_forward(graph, args, kwargs, perturbation)
 
-    with stn.model.evaluating(), stn.model.running(chosen, None):
+    with evaluating(stn.model), stn.model._stnify.running(chosen, None):
         return outside.call(stn.model, batch)
 
 

@@ -18,6 +18,7 @@ from stnify import (
     WeightDecay,
     stnify,
 )
+from stnify.tunable import pass_inputs
 
 # Groups -------------------------------------------------------------------------------------------
 
@@ -72,8 +73,9 @@ def test_groups_that_do_not_fit_are_refused(tie, message):
 def test_at_one_place_noise_acts_in_the_order_it_is_declared_in(reverse):
     noises = [Dropout(after="0", init=0.5), GaussianNoise(after="0", init=0.5)]
     stn = stnify(perceptron(), noises[::-1] if reverse else noises)
-    calls = [str(node.target) for node in stn.model._graph.graph.nodes if "noises" in str(node)]
-    kinds = [type(stn.model._graph.get_submodule(target)).__name__ for target in calls]
+    graph = stn.model._stnify.graph
+    calls = [str(node.target) for node in graph._stnify_graph.nodes if "noises" in str(node)]
+    kinds = [type(graph.get_submodule(target)).__name__ for target in calls]
     expected = ["TunedDropout", "TunedGaussianNoise"]
     assert kinds == (expected[::-1] if reverse else expected)
     hidden = []
@@ -96,7 +98,7 @@ def test_steps_may_come_first():
     stn = convert(Reader(), [TemporalActivationPenalty(after="rnn", time=0)])
     for batch in stn.train_loader:
         stn.step(batch)
-    assert str(stn.model.tunables.recorders[0].layout) == "second"
+    assert str(stn.model._stnify.recorders[0].layout) == "second"
 
 
 # Residual branches --------------------------------------------------------------------------------
@@ -130,10 +132,12 @@ def dropping(request):
 
 def run(stn, images, rate):
     """Run the graph in train mode at one rate, and leave buffers and draws as they were."""
-    state = stn.model._stream.state_dict()
-    with torch.no_grad(), stn.model.buffers_restored(), stn.model._stream.active():
-        found = stn.model.train()._graph(images, constrained=torch.tensor([rate]))
-    stn.model._stream.load_state_dict(state)
+    state = stn.model._stnify.stream.state_dict()
+    with torch.no_grad(), stn.model._stnify.buffers_restored(), stn.model._stnify.stream.active():
+        found = stn.model.train()._stnify.graph(
+            images, **pass_inputs(constrained=torch.tensor([rate]))
+        )
+    stn.model._stnify.stream.load_state_dict(state)
     return found
 
 
@@ -146,7 +150,7 @@ def test_every_residual_block_has_its_drop_path(dropping):
 def test_at_nought_it_is_the_model(dropping):
     _, model, stn, images = dropping
     model.train()
-    with torch.no_grad(), stn.model.buffers_restored():
+    with torch.no_grad(), stn.model._stnify.buffers_restored():
         torch.manual_seed(0)
         expected = model(images)
     assert torch.equal(run(stn, images, 0.0), expected)
@@ -159,7 +163,7 @@ def test_near_one_the_branches_are_gone(dropping):
     gone = run(stn, images, 1 - 1e-7)
     hooks = [
         site.register_forward_hook(lambda module, args, output: 0.0 * args[0])
-        for site in stn.model.tunables.noises.values()
+        for site in stn.model._stnify.noises.values()
     ]
     assert torch.equal(gone, run(stn, images, 0.0))
     for hook in hooks:

@@ -18,6 +18,7 @@ from stnify.planning import make_plan
 from stnify.planning.functions import COMPOSITE_FUNCTIONS, DIRECT_FUNCTIONS
 from stnify.planning.modules import MODULE_WEIGHTS, WEIGHT_MODULES, own_weights
 from stnify.trace import trace
+from stnify.tunable import pass_inputs
 
 DECAY = WeightDecay()
 
@@ -157,8 +158,8 @@ def test_hooks_and_parametrisations_are_traced_through():
         "hooked": ("function", None),
     }
     batch = torch.randn(3, 4)
-    assert torch.equal(stn.model._graph(batch), model(batch))
-    assert stn.model._graph(batch).abs().max() < 1
+    assert torch.equal(stn.model._stnify.graph(batch), model(batch))
+    assert stn.model._stnify.graph(batch).abs().max() < 1
 
 
 def test_excluding_a_module_excludes_what_is_inside():
@@ -194,7 +195,7 @@ def test_a_module_that_cannot_be_traced_is_rewritten_from_the_inside():
         n: (w, "batch") for n, w in (("0", "module"), ("1.inner", "swap"), ("2", "module"))
     }
     batch = torch.randn(3, 4)
-    assert torch.equal(stn.model._graph(batch), model(batch))
+    assert torch.equal(stn.model._stnify.graph(batch), model(batch))
     perturbed_alone_equals_perturbed_together(stn, torch.randn(3, 4).abs())
 
 
@@ -204,18 +205,20 @@ def perturbed_alone_equals_perturbed_together(stn, batch):
         for parameter in stn.model.response_parameters().values():
             parameter.normal_()
         response_input = torch.randn(len(batch), len(stn.values()))
-        together = stn.model._graph(batch, response_input=response_input)
+        together = stn.model._stnify.graph(batch, **pass_inputs(response_input))
         alone = [
-            stn.model._graph(batch[i : i + 1], response_input=response_input[i : i + 1])
+            stn.model._stnify.graph(batch[i : i + 1], **pass_inputs(response_input[i : i + 1]))
             for i in range(len(batch))
         ]
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)  # float32
-        plain = stn.model._graph(batch)
+        plain = stn.model._stnify.graph(batch)
         assert not torch.allclose(together, plain, atol=1e-3)
         for name, parameter in stn.model.response_parameters().items():
             if name.endswith("gate") and "inner" not in name:
                 parameter.zero_()
-        assert not torch.allclose(stn.model._graph(batch, response_input=response_input), plain)
+        assert not torch.allclose(
+            stn.model._stnify.graph(batch, **pass_inputs(response_input)), plain
+        )
 
 
 class Counting(nn.Module):
@@ -249,17 +252,17 @@ def test_a_swapped_module_keeps_its_state_its_mode_and_its_noise(wrap):
     stn.model(inputs).sum().backward()
     assert counting.inner.weight.grad is not None
     stn.model.eval()
-    assert torch.equal(stn.model._graph(inputs), model(inputs))
+    assert torch.equal(stn.model._stnify.graph(inputs), model(inputs))
     assert isinstance(counting.inner, nn.Linear)
     assert isinstance(counting.drop, nn.Dropout)
     assert [key for key in stn.model.state_dict() if "swapped" in key] == []
     for twin in (copy.deepcopy(stn.model), pickle.loads(pickle.dumps(stn.model))):
-        assert torch.equal(twin._graph(inputs), model(inputs))
+        assert torch.equal(twin._stnify.graph(inputs), model(inputs))
         with torch.no_grad():
             for name, parameter in twin.general_parameters().items():
                 parameter.add_(1.0 if name.endswith("inner.weight") else 0.0)
-        assert not torch.equal(twin._graph(inputs), model(inputs))
-        assert torch.equal(twin._graph(inputs), twin(inputs))
+        assert not torch.equal(twin._stnify.graph(inputs), model(inputs))
+        assert torch.equal(twin._stnify.graph(inputs), twin(inputs))
 
 
 def test_a_model_that_cannot_be_traced_at_all_is_swapped_and_trains():
@@ -320,12 +323,12 @@ def test_a_free_function_that_cannot_be_traced_becomes_one_node():
     assert reasons(stn.plan) == {}
     for rows in (2, 3):  # the branch and the length are taken anew for each input
         batch = torch.randn(rows, 4)
-        assert torch.equal(stn.model._graph(batch), model(batch))
-    whole = [module.function for module in stn.model.tunables.functions.values()]
+        assert torch.equal(stn.model._stnify.graph(batch), model(batch))
+    whole = [module.function for module in stn.model._stnify.functions.values()]
     assert whole == [crop_to_even, len]
     assert vars(sys.modules[__name__]) == scope  # nothing of the tracer stays behind
     twin = pickle.loads(pickle.dumps(stn.model))
-    assert torch.equal(twin._graph(batch), model(batch))
+    assert torch.equal(twin._stnify.graph(batch), model(batch))
 
 
 class Projecting(nn.Module):
@@ -350,7 +353,7 @@ def test_a_failing_module_takes_only_itself_out():
     stn = stnify(model, [DECAY])
     assert list(reasons(stn.plan)) == ["cls_token", "pos_embed"]
     assert [site.name for site in stn.plan.weights if site.way == "swap"] == ["norm.1.inner"]
-    assert torch.equal(stn.model._graph(images(2)), model(images(2)))
+    assert torch.equal(stn.model._stnify.graph(images(2)), model(images(2)))
 
 
 def test_leaves_are_not_traced_through():
@@ -413,7 +416,7 @@ def test_shared_weights_get_one_response_used_twice():
     decoder_bias = 7 + 7 * h
     assert stn.plan.response_parameters == table + mix + decoder_bias
     assert len(stn.plan.weights) == 4
-    assert len(list(stn.model.tunables.layers)) == 3
+    assert len(list(stn.model._stnify.layers)) == 3
     assert len(stn.plan.noises) == 2
     layers = stn.model.hyper_layers
     assert layers["embedding"].weight_response is layers["decoder"].weight_response
@@ -429,7 +432,7 @@ def test_tied_weights_move_as_one_weight():
             parameter.normal_()
     response_input = torch.randn(1, 1, dtype=torch.float64)
     tokens = torch.randint(0, 7, (1, 5))
-    found = stn.model._graph(tokens, response_input=response_input)
+    found = stn.model._stnify.graph(tokens, **pass_inputs(response_input))
     slow = stn.export()
     parameters = dict(slow.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -477,7 +480,7 @@ def test_a_computed_kernel_responds_itself():
     kernel = kernel / kernel.std()
     kernel = kernel + layer.weight_response.materialise(kernel, response_input[0])
     bias = model[0].bias + layer.bias_response(model[0].bias, response_input)[0]
-    found = stn.model._graph(batch, response_input=response_input)
+    found = stn.model._stnify.graph(batch, **pass_inputs(response_input))
     torch.testing.assert_close(found, F.conv2d(batch, kernel, bias).tanh())  # float64
     assert not torch.allclose(found, model(batch))
     # The parameter itself does not respond, so neither does its decay.
@@ -500,7 +503,7 @@ def test_standardised_convolutions_of_timm_are_covered():
     stn = stnify(model, [DECAY], example_inputs=images(2))
     kernels = {name for name, p in model.named_parameters() if name.endswith("weight")}
     assert {site.weight for site in stn.plan.weights} == kernels
-    assert torch.equal(stn.model._graph(images(3)), model(images(3)))
+    assert torch.equal(stn.model._stnify.graph(images(3)), model(images(3)))
 
 
 # Noise --------------------------------------------------------------------------------------------
@@ -536,7 +539,9 @@ def test_functional_dropout_is_a_site_or_follows_the_mode():
     untouched = stnify(Functional(), [DECAY])
     assert (untouched.model(inputs) == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
     with torch.no_grad():
-        assert torch.equal(untouched.model.eval()._graph(inputs), untouched.model._original(inputs))
+        assert torch.equal(
+            untouched.model.eval()._stnify.graph(inputs), untouched.model._stnify.original(inputs)
+        )
 
 
 class Attending(nn.Module):
@@ -554,7 +559,7 @@ def test_attention_dropout_follows_the_mode():
     model = Attending().eval()
     stn = stnify(model, [DECAY])
     inputs = torch.randn(2, 3, 4)
-    assert torch.equal(stn.model._graph(inputs), model(inputs))
+    assert torch.equal(stn.model._stnify.graph(inputs), model(inputs))
     stn.model.train()
     torch.manual_seed(0)
     first, second = stn.model(inputs), stn.model(inputs)
@@ -740,7 +745,7 @@ def test_transposed_kernels_take_a_size_also_when_swapped():
     stn = stnify(model, [DECAY], example_inputs=images(2, 9))
     assert stn.plan.weights[0].way == "swap"
     for size in (8, 9):
-        assert torch.equal(stn.model._graph(images(2, size)), model(images(2, size)))
+        assert torch.equal(stn.model._stnify.graph(images(2, size)), model(images(2, size)))
 
 
 @pytest.mark.parametrize("option", [{"exclude": ["0", "nothing.**"]}, {"leaves": ["nothing"]}])

@@ -67,7 +67,7 @@ def outcome_of(unconstrained: Tensor) -> Tensor:
 
 def enumerated_gradient(stn: STN) -> tuple[Tensor, Tensor]:
     """Differentiate the expected loss of a closed response in lambda and sigma's raw parameter."""
-    prediction = stn.model._original(BATCH[0])[:, 0]
+    prediction = stn.model._stnify.original(BATCH[0])[:, 0]
     factor = (1 + prediction.square()).mean().detach()
     centre = stn.hyperparameters.unconstrained.detach()[0].requires_grad_()
     raw = stn.hyperparameters.raw_scale.detach()[0].requires_grad_()

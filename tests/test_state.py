@@ -303,10 +303,10 @@ def test_a_state_of_other_hyperparameters_is_refused_and_nothing_is_loaded():
 def test_inputs_are_not_kept_once_the_conversion_is_verified():
     state = stored(Run("delta", "sgd", False, 0).train(training_batches()[:1]).state())
     resumed = Run("delta", "sgd", False, seed=7).load(state).train(training_batches()[1:3])
-    assert resumed.stn.model._inputs is None
+    assert resumed.stn.model._stnify.inputs is None
     example_inputs = next(itertools.chain(training_batches()))[0]
     verified = Run("delta", "sgd", False, seed=7, example_inputs=example_inputs)
-    assert verified.train(training_batches()[:1]).stn.model._inputs is None
+    assert verified.train(training_batches()[:1]).stn.model._stnify.inputs is None
 
 
 def test_a_state_of_another_model_or_range_is_refused_and_nothing_is_loaded():
@@ -329,7 +329,7 @@ def test_a_state_of_another_model_or_range_is_refused_and_nothing_is_loaded():
 def test_restored_buffers_do_not_bring_back_old_values():
     model = stnify.stnify(perceptron(0.2), [Dropout()]).model
     model.hyperparameters.set_values({"dropout": 0.7})
-    with model.buffers_restored():
+    with model._stnify.buffers_restored():
         assert model.hyperparameters.current[0] == pytest.approx(0.7)
     assert model.hyperparameters.current[0] == pytest.approx(0.7)
 

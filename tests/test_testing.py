@@ -292,7 +292,7 @@ def save_others(stn: STN) -> None:
 
 
 def draw_twice(stn: STN) -> None:
-    next(iter(stn.model.tunables.noises.values())).__class__ = MaskDrawnTwice
+    next(iter(stn.model._stnify.noises.values())).__class__ = MaskDrawnTwice
 
 
 MISTAKES = {

@@ -50,10 +50,10 @@ def _passes(subject: Subject) -> dict[str, tuple[bool, Callable[[Compiler], Any]
     model, given = subject.model, subject.draw()
 
     def run(forward: Callable[..., Any], training: bool) -> Any:
-        constrained = model.hyperparameters.current.expand(len(given), -1) if training else None
+        constrained = model._stnify.space.current.expand(len(given), -1) if training else None
 
         def chosen(*args: Any, **kwargs: Any) -> Any:
-            return forward(model._graph, args, kwargs, Perturbation(given, constrained))
+            return forward(model._stnify.graph, args, kwargs, Perturbation(given, constrained))
 
         return subject.call(chosen)
 
@@ -69,7 +69,7 @@ def _check_pass(subject: Subject, name: str, compiler: Compiler, tolerance: floa
     run = _passes(subject)[name][1]
     for distance in (0.0, 0.25):
         with torch.no_grad():
-            subject.model.hyperparameters.unconstrained.add_(distance)
+            subject.model._stnify.space.unconstrained.add_(distance)
         try:
             found = tensors(run(compiler))
         except Exception as error:

@@ -63,8 +63,8 @@ def record(subject: Subject, run: Callable[[], Any], *, attached: bool = False) 
         run: One of its passes.
         attached: Keep tensors that can be differentiated.
     """
-    keeper = _Keeper([subject.model._original, subject.model], attached)
-    with keeper.watching_modules(), keeper.node_by_node(subject.model._graph):
+    keeper = _Keeper([subject.model._stnify.original, subject.model], attached)
+    with keeper.watching_modules(), keeper.node_by_node(subject.model._stnify.graph):
         run()
     return keeper.trail
 
@@ -209,8 +209,8 @@ class _Keeper:
 class _NodeByNode(fx.Interpreter):
     """Runs a graph as its generated code does, and hands every node's value to a keeper."""
 
-    def __init__(self, graph: fx.GraphModule, keeper: _Keeper) -> None:
-        super().__init__(graph)
+    def __init__(self, graph: Any, keeper: _Keeper) -> None:
+        super().__init__(graph, graph=graph._stnify_graph)
         self.keeper = keeper
         self.given: Mapping[str, Any] = {}
 
@@ -236,7 +236,7 @@ def _bound(graph: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[s
     """Give each placeholder of a graph, by its target, the value that a call would give it."""
     rest, named = list(args), dict(kwargs)
     values: dict[str, Any] = {}
-    for node in (node for node in graph.graph.nodes if node.op == "placeholder"):
+    for node in (node for node in graph._stnify_graph.nodes if node.op == "placeholder"):
         target = str(node.target)
         if target.startswith("**"):
             values[target] = named

@@ -85,7 +85,7 @@ def check_identity(subject: Subject, tolerance: float | None = None) -> None:
     with subject.mode(training=False), torch.no_grad():
         for when in ("", " after its weights and buffers moved"):
             if when:
-                _move(subject.model._original)
+                _move(subject.model._stnify.original)
             _check_plain(subject, when)
             _check_zero(subject, when, _tolerance(subject) if tolerance is None else tolerance)
 
@@ -93,7 +93,7 @@ def check_identity(subject: Subject, tolerance: float | None = None) -> None:
 def _check_plain(subject: Subject, when: str) -> None:
     difference = _difference(subject.original(), subject.plain())
     if difference:
-        original = subject.model._original
+        original = subject.model._stnify.original
         passes = ((original, subject.original), (subject.model, subject.plain))
         trails = [record_functions(*each) for each in passes]
         raise AssertionError(
@@ -132,8 +132,12 @@ def _fused_kernels_off() -> Iterator[None]:
 
 def _tolerance(subject: Subject) -> float:
     """Return zero if every layer runs the original's kernel, else what rounding may cost."""
-    plain = all(type(layer) in PLAIN_LAYERS for layer in subject.model.hyper_layers.values())
-    if plain and not any(isinstance(m, COMPOSITES) for m in subject.model._original.modules()):
+    plain = all(
+        type(layer) in PLAIN_LAYERS for layer in subject.model._stnify.hyper_layers.values()
+    )
+    if plain and not any(
+        isinstance(m, COMPOSITES) for m in subject.model._stnify.original.modules()
+    ):
         return 0.0
     dtypes = {p.dtype for p in subject.model.parameters() if p.is_floating_point()}
     return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
@@ -203,7 +207,7 @@ def assert_export_exact(
     with prepared(model, inputs, hparams) as subject:
         subject = subject.several()
         _check_step(subject, criterion or mean_square)
-        centred = subject.model._evaluation_pass is None
+        centred = subject.model._stnify.evaluation_pass is None
         plain = export(subject.model) if centred else export_folded(subject.model)
         _check_class(subject, plain)
         with torch.no_grad(), subject.mode(training=False):
@@ -214,12 +218,12 @@ def assert_export_exact(
 def _check_step(subject: Subject, criterion: Criterion) -> None:
     """Take a general step, and compare it with the original's own."""
     subject.model.train()
-    twin = copied(subject.model._original)
-    _descend(subject.model._original, criterion(subject.call(subject.model)))
-    if subject.model.tunables.noises or subject.model._training_pass is not None:
+    twin = copied(subject.model._stnify.original)
+    _descend(subject.model._stnify.original, criterion(subject.call(subject.model)))
+    if subject.model._stnify.noises or subject.model._stnify.training_pass is not None:
         return
     _descend(twin, criterion(subject.call(twin)))
-    found = dict(_state(subject.model._original))
+    found = dict(_state(subject.model._stnify.original))
     for name, value in _state(twin):
         if not identical(value, found[name]):
             raise AssertionError(
@@ -242,7 +246,7 @@ def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _check_class(subject: Subject, plain: nn.Module) -> None:
-    if type(plain) is not type(subject.model._original):
+    if type(plain) is not type(subject.model._stnify.original):
         raise AssertionError(
             f"the export must be a {subject.name}, but it is a {type(plain).__name__}."
         )
@@ -313,7 +317,7 @@ def assert_state_roundtrip(
         subject = subject.several()
         subject.shared_sites()
         copies = {"deepcopy": copy.deepcopy(subject.model)}
-        if _can_be_pickled(subject.model._original):
+        if _can_be_pickled(subject.model._stnify.original):
             copies["pickle"] = pickle.loads(pickle.dumps(subject.model))
         copies["state_dict"] = _scrambled(subject.model)
         copies["state_dict"].load_state_dict(_through_file(subject.model.state_dict()))
@@ -382,8 +386,8 @@ def _check_resume(
     silent = [replace(d, penalty=None) if isinstance(d, Hyperparameter) else d for d in declared]
 
     def loss(model: Any, batch: Any) -> Tensor:
-        for name in model.hyperparameters.names if model.training else ():
-            model.hyperparameters[name]
+        for name in model._stnify.space.names if model.training else ():
+            model._stnify.space[name]
         return criterion(model(*batch[0], **batch[1]))
 
     def convert() -> STN:

@@ -209,7 +209,7 @@ def check_finite(subject: Subject) -> None:
             for here, value in zip(plain, found, strict=True)
             if value.is_floating_point()
         ]
-        parameters = list(subject.model.response_parameters().values())
+        parameters = list(subject.model._stnify.response_parameters().values())
         loss = torch.stack([value.square().mean() for value in kept]).sum()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for value in [*kept, *(g for g in gradients if g is not None)]:

@@ -55,11 +55,11 @@ def assert_gradients_separated(
 
 
 def _passes(subject: Subject) -> dict[str, Pass]:
-    space = subject.model.hyperparameters
+    space = subject.model._stnify.space
     draw = {"response": training_perturbation, "validation": validation_perturbation}
     drawn = {name: make(space, subject.batch) for name, make in draw.items()}
     # With method="stn" the user's own backward pass trains the response too.
-    uncentred = subject.model._training_pass is not None
+    uncentred = subject.model._stnify.training_pass is not None
     trained = ("general", "response") if uncentred else ("general",)
     return {
         "general": Pass(True, trained, lambda: subject.call(subject.model)),
@@ -79,16 +79,16 @@ def _run(subject: Subject, forward: Callable[..., Any], drawn: Perturbation) -> 
     def chosen(graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return forward(graph, args, kwargs, drawn)
 
-    with subject.model.running(chosen, drawn.constrained):
+    with subject.model._stnify.running(chosen, drawn.constrained):
         return subject.call(subject.model)
 
 
 def _groups(model: TunableModule) -> dict[str, dict[str, Tensor]]:
-    space = model.hyperparameters
-    general = {name: p for name, p in model.general_parameters().items() if p.requires_grad}
+    space = model._stnify.space
+    general = {name: p for name, p in model._stnify.general_parameters().items() if p.requires_grad}
     return {
         "general": dict(general),
-        "response": dict(model.response_parameters()),
+        "response": dict(model._stnify.response_parameters()),
         "hyperparameter": {"lambda": space.unconstrained, "sigma": space.raw_scale},
     }
 
@@ -151,7 +151,7 @@ def _check_steps(subject: Subject, criterion: Criterion) -> None:
     steps: dict[str, tuple[bool, set[str], Callable[[Any], StepResult]]] = {
         "response": (
             True,
-            set(model.response_parameters()),
+            set(model._stnify.response_parameters()),
             lambda batch: response_step(model, [batch], objective),
         ),
         "validation": (

@@ -19,7 +19,7 @@ from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.perturb import Perturbation
 from stnify.rows import batch_size
 from stnify.streams import RandomStream
-from stnify.tunable import TunableModule, intermediate_results
+from stnify.tunable import TunableModule, intermediate_results, pass_inputs
 from stnify.verify import verify
 
 Model = nn.Module | STN
@@ -92,7 +92,7 @@ class Subject:
     @property
     def name(self) -> str:
         """Class of the user's model."""
-        return type(self.model._original).__name__
+        return type(self.model._stnify.original).__name__
 
     def several(self) -> "Subject":
         """Return a subject with several examples; a single one is repeated, with some noise.
@@ -122,15 +122,15 @@ class Subject:
 
     def original(self) -> Any:
         """Predict as the user's model does."""
-        return self.call(self.model._original)
+        return self.call(self.model._stnify.original)
 
     def plain(self) -> Any:
         """Run the graph as it is, without noise or response."""
-        return self.call(self.model._graph)
+        return self.call(self.model._stnify.graph)
 
     def zero(self) -> Any:
         """Run the graph with a response input of zeros."""
-        return self.call(self.model._graph, response_input=0 * self.draw())
+        return self.call(self.model._stnify.graph, **pass_inputs(0 * self.draw()))
 
     def perturbed(self, response_input: Tensor) -> Any:
         """Predict with the perturbed weights themselves."""
@@ -141,7 +141,7 @@ class Subject:
         return self._pass(linearized_forward, response_input)
 
     def _pass(self, forward: Callable[..., Any], response_input: Tensor) -> Any:
-        space = self.model.hyperparameters
+        space = self.model._stnify.space
         constrained = None
         if self.model.training:
             constrained = space.current.expand(len(response_input), -1)
@@ -149,12 +149,12 @@ class Subject:
         def run(graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             return forward(graph, args, kwargs, Perturbation(response_input, constrained))
 
-        with self.model.running(run, constrained):
+        with self.model._stnify.running(run, constrained):
             return self.call(self.model)
 
     def draw(self, seed: int = 0) -> Tensor:
         """Return one perturbation for each example, ``(batch, h)``."""
-        space = self.model.hyperparameters
+        space = self.model._stnify.space
         with RandomStream(seed, self.device()).active():
             return torch.randn(
                 self.batch, len(space.columns), dtype=space.raw_scale.dtype, device=self.device()
@@ -164,7 +164,7 @@ class Subject:
     def mode(self, training: bool) -> Iterator[None]:
         """Run the body in train or eval mode; buffers come back as they were."""
         self.model.train(training)
-        with self.model.buffers_restored():
+        with self.model._stnify.buffers_restored():
             yield
 
     def shared_sites(self) -> list[str]:
@@ -177,7 +177,7 @@ class Subject:
     def close(self, layers: Iterable[str]) -> None:
         """Set all response parameters of these layers to zero."""
         for name in layers:
-            for parameter in self.model.hyper_layers[name].parameters():
+            for parameter in self.model._stnify.hyper_layers[name].parameters():
                 parameter.zero_()
 
     @torch.no_grad()
@@ -187,13 +187,13 @@ class Subject:
         A fresh response is closed: its gates are zero.
         """
         with RandomStream(1, self.device()).active():
-            for parameter in self.model.response_parameters().values():
+            for parameter in self.model._stnify.response_parameters().values():
                 if not parameter.any():
                     parameter.normal_(0, STRENGTH)
 
     def device(self) -> torch.device:
         """Return where the model is."""
-        return self.model.hyperparameters.unconstrained.device
+        return self.model._stnify.space.unconstrained.device
 
 
 @contextmanager
