@@ -207,7 +207,7 @@ def stnify(
     )
     if verify and example_inputs is not None:
         tuner.verify(*_call(example_inputs))
-    wrapped = None
+    wrapped, decayed = None, _decayed(tunable, plan)
     if optimizer is not None:
         wrapped = STNOptimizer(
             optimizer,
@@ -215,11 +215,12 @@ def stnify(
             make_response=_response_optimizer(response_optimizer, response_lr, chosen),
             response_lr=1.0 if response_lr is None else response_lr,
             decays=tuner.decays,
+            undecayed=decayed,
             before_general_step=tuner.before_general_step,
             after_general_step=tuner.after_general_step,
             joint=not chosen.centred,
         )
-        _replace_decay(optimizer, tunable, plan)
+        _replace_decay(optimizer, decayed)
     regularizers = inventory(model, plan, optimizer, criterion, train_loader)
     for message in doubled(regularizers):
         warnings.warn(message, stacklevel=2)
@@ -445,11 +446,15 @@ def _given(model: nn.Module, example_inputs: Any) -> set[str]:
     return {n for n in optional & arguments.keys() if arguments[n] is not None}
 
 
-def _replace_decay(optimizer: Optimizer, model: TunableModule, plan: Plan) -> None:
-    """Switch the optimizer's own decay off in groups that hold weights with a tuned one."""
+def _decayed(model: TunableModule, plan: Plan) -> set[nn.Parameter]:
+    """Return the weights with a tuned decay."""
     parameters = model._stnify.general_parameters()
     sites = [site for site in plan.decays if site.kind == "WeightDecay"]
-    tuned = {id(parameters[name]) for site in sites for name in site.parameters}
+    return {parameters[name] for site in sites for name in site.parameters}
+
+
+def _replace_decay(optimizer: Optimizer, decayed: set[nn.Parameter]) -> None:
+    """Take the optimizer's own decay out of groups of nothing but weights with a tuned one."""
     for group in optimizer.param_groups:
-        if any(id(parameter) in tuned for parameter in group["params"]):
+        if group.get("weight_decay") and decayed.issuperset(group["params"]):
             group["weight_decay"] = 0.0

@@ -184,7 +184,7 @@ def inventory(
         *_tuned(plan),
         *_in_modules(model, plan),
         *_in_functions(plan),
-        *_in_optimizer(optimizer),
+        *_in_optimizer(model, plan, optimizer),
         *_in_criterion(criterion),
         *_in_loader(train_loader, "train_loader", {}),
     ]
@@ -200,7 +200,8 @@ def with_values(found: Iterable[Regularizer], values: Mapping[str, float]) -> li
 def doubled(found: Sequence[Regularizer]) -> list[str]:
     """Return a message for each regulariser that is tuned and acts outside the model as well.
 
-    The optimizer's own weight decay is none of them: a tuned one takes its place.
+    The optimizer's own weight decay is none of them: a tuned one takes its place for the weights it
+    covers.
     """
     tuned = {r.kind: r for r in found if r.status == "tuned"}
     return [
@@ -293,14 +294,19 @@ def _in_functions(plan: Plan) -> Iterator[Regularizer]:
             yield Regularizer((where,), kind, _value(rate), "fixed")
 
 
-def _in_optimizer(optimizer: object) -> Iterator[Regularizer]:
-    """Yield the weight decay of each group that has one."""
+def _in_optimizer(model: nn.Module, plan: Plan, optimizer: object) -> Iterator[Regularizer]:
+    """Yield the weight decay of each group that has one for parameters whose decay is not tuned."""
+    sites = [site for site in plan.decays if site.kind == "WeightDecay"]
+    tuned = {id(model.get_parameter(name)) for site in sites for name in site.parameters}
     for i, group in enumerate(getattr(optimizer, "param_groups", ())):
-        decay = group.get("weight_decay")
-        if isinstance(decay, Real) and not _idle(decay):
+        decay, held = group.get("weight_decay"), group["params"]
+        fixed = [parameter for parameter in held if id(parameter) not in tuned]
+        if isinstance(decay, Real) and not _idle(decay) and fixed:
             flags = [group.get(f"decoupled_{word}") for word in ("weight_decay", "decay")]
             decoupled = any(flags) or type(optimizer).__name__ in DECOUPLED
-            where = f"optimizer.param_groups.{i}{' (decoupled)' if decoupled else ''}"
+            part = f"{len(fixed)} of {len(held)} tensors" if len(fixed) < len(held) else ""
+            notes = ", ".join(filter(None, ("decoupled" if decoupled else "", part)))
+            where = f"optimizer.param_groups.{i}{f' ({notes})' if notes else ''}"
             yield Regularizer((where,), "WeightDecay", _value(decay), "fixed")
 
 

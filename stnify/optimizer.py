@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,8 @@ class STNOptimizer(Optimizer):
             the same kind as ``base``, with its settings, no weight decay, and ``response_lr``.
         response_lr: Learning rate relative to the general one, for the same kind of optimizer.
         decays: Returns what tuned weight decay adds to gradients.
+        undecayed: Parameters that ``base`` steps without a decay of its own, whatever their group
+            says, because theirs is tuned.
         before_general_step: Called first; raises if the loop missed a call.
         after_general_step: Called last, with the optimizer of the response parameters.
         joint: The user's backward pass trains the response parameters too, so they step together
@@ -68,6 +70,7 @@ class STNOptimizer(Optimizer):
         make_response: MakeOptimizer | None,
         response_lr: float = 1.0,
         decays: Callable[[], Decays],
+        undecayed: Collection[nn.Parameter] = (),
         before_general_step: Callable[[], None],
         after_general_step: Callable[[Optimizer], None],
         joint: bool = False,
@@ -82,6 +85,7 @@ class STNOptimizer(Optimizer):
         self.response = _twin(base, groups) if make is None else _made(make, groups)
         self._response_lr = response_lr
         self._decays = decays
+        self._undecayed = frozenset(undecayed)
         self._before = before_general_step
         self._after = after_general_step
         self._joint = joint
@@ -149,7 +153,7 @@ class STNOptimizer(Optimizer):
                 result = closure()
         self._before()
         self.synchronise()
-        with self._decayed_gradients():
+        with self._decayed_gradients(), _without_decay(self.base.param_groups, self._undecayed):
             self.base.step()
             if self._joint:
                 self.response.step()
@@ -192,6 +196,31 @@ class STNOptimizer(Optimizer):
                 now = float(general["lr"])
                 highest = group[HIGHEST] = max(group[HIGHEST], now)
                 group["lr"] = group[OWN] * (now / highest if highest else 1.0)
+
+
+@contextmanager
+def _without_decay(
+    groups: list[dict[str, Any]], undecayed: Collection[nn.Parameter]
+) -> Iterator[None]:
+    """Give these parameters groups without a decay while the body runs.
+
+    Before and after there are the user's groups, which schedulers count.
+    """
+    count, before = len(groups), []
+    for group in [group for group in groups if group.get("weight_decay")]:
+        apart = [parameter for parameter in group["params"] if parameter in undecayed]
+        rest = [parameter for parameter in group["params"] if parameter not in undecayed]
+        if apart:
+            before.append((group, {key: group[key] for key in ("params", "weight_decay")}))
+            if rest:
+                groups.append({**group, "params": rest})
+            group.update(params=apart, weight_decay=0.0)
+    try:
+        yield
+    finally:
+        del groups[count:]
+        for group, own in before:
+            group.update(own)
 
 
 def refuse_unusable(optimizer: object, model: TunableModule) -> None:

@@ -544,6 +544,21 @@ def test_a_model_may_have_a_kind_tuned_here_and_fixed_there():
     assert doubled(inventory(model, plan_of(model, declared), optimizer)) == []
 
 
+def test_the_optimizers_decay_is_there_for_what_is_not_tuned():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    optimizer.add_param_group({"params": [extra := nn.Parameter(torch.zeros(2))]})
+    model[0].extra = extra
+    found = inventory(model, plan_of(model, [WeightDecay(at="1")]), optimizer)
+    assert [r.where for r in found if r.kind == "WeightDecay" and r.status == "fixed"] == [
+        ("optimizer.param_groups.0 (decoupled, 3 of 4 tensors)",),
+        ("optimizer.param_groups.1 (decoupled)",),
+    ]
+    groups = [{"params": [model[1].weight], "weight_decay": 0.1}]
+    tuned = inventory(model, plan_of(model, [WeightDecay(at="1")]), torch.optim.SGD(groups))
+    assert [r.status for r in tuned if r.kind == "WeightDecay"] == ["tuned"]
+
+
 # Report -------------------------------------------------------------------------------------------
 
 

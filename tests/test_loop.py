@@ -24,7 +24,7 @@ from cases import (
 )
 from torch import nn
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, RAdam, RMSprop
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -119,19 +119,104 @@ def test_parity_is_broken_by_another_value_of_the_hyperparameter(models):
     assert not same(general(stn), dict(plain.named_parameters()))
 
 
+@pytest.mark.parametrize("at", ["**", "2", "0.weight"])
 @pytest.mark.parametrize("kind", [SGD, Adam])
-def test_a_held_weight_decay_is_that_of_torch(models, kind):
-    plain, converted = models
-    stn = convert(
-        converted, [WeightDecay(init=0.02)], kind(converted.parameters(), lr=0.01, weight_decay=0.3)
-    )
+def test_a_held_weight_decay_is_that_of_torch(kind, at):
+    """Of the weights it covers; all others keep the one they have."""
+    torch.manual_seed(0)
+    plain = perceptron()
+    converted, other = copy.deepcopy(plain), copy.deepcopy(plain)
+    optimizer = kind(converted.parameters(), lr=0.01, weight_decay=0.3)
+    stn = convert(converted, [WeightDecay(init=0.02, at=at)], optimizer)
     stn.freeze()
-    weights = [p for p in plain.parameters() if p.ndim >= 2]
-    others = [p for p in plain.parameters() if p.ndim < 2]
-    groups = [{"params": weights, "weight_decay": stn.values()["weight_decay"]}, {"params": others}]
+    covered = set(stn.plan.decays[0].parameters)
+    held = [p for name, p in plain.named_parameters() if name in covered]
+    others = [p for name, p in plain.named_parameters() if name not in covered]
+    groups = [
+        {"params": held, "weight_decay": stn.values()["weight_decay"]},
+        {"params": others, "weight_decay": 0.3},
+    ]
     train(plain, kind(groups, lr=0.01), batches(), STEPS)
     train(*stn, STEPS)
     assert same(general(stn), dict(plain.named_parameters()))
+    train(other, kind(other.parameters(), lr=0.01, weight_decay=0.3), batches(), STEPS)
+    assert not same(general(stn), dict(other.named_parameters()))
+
+
+def decayed_in_two_groups(model, **options):
+    """AdamW with a decoupled decay, a scheduler of each group's own and what both are built on."""
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.02}]
+    optimizer = AdamW(groups, lr=0.01, weight_decay=0.3, **options)
+    return optimizer, LambdaLR(optimizer, [lambda step: 0.9**step, lambda step: 0.8**step])
+
+
+def test_weights_without_a_tuned_decay_keep_their_own_under_a_scheduler_built_before():
+    """Decoupled decay stays so; groups are never more than the scheduler knows."""
+    torch.manual_seed(0)
+    plain = perceptron()
+    converted = copy.deepcopy(plain)
+    optimizer, scheduler = decayed_in_two_groups(converted)
+    stn = convert(converted, [WeightDecay(init=1e-9, at="2.weight")], optimizer)
+    stn.freeze()
+    groups = [
+        {"params": plain[0].parameters()},
+        {"params": [plain[2].bias], "lr": 0.02},
+        {"params": [plain[2].weight], "lr": 0.02, "weight_decay": 0.0},
+    ]
+    expected = AdamW(groups, lr=0.01, weight_decay=0.3)
+    rates = [lambda step: 0.9**step, lambda step: 0.8**step, lambda step: 0.8**step]
+    train(plain, expected, batches(), STEPS, scheduler=LambdaLR(expected, rates))
+    train(*stn, STEPS, scheduler=scheduler)
+    # A decay of 1e-9 shifts Adam's step by less than a rounding of single precision is multiplied.
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(general(stn)[name], parameter.data, rtol=1e-4, atol=1e-6)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3]
+
+
+def nought(prediction, target):
+    return 0.0 * prediction.sum()
+
+
+def test_a_decay_that_comes_back_acts_on_what_is_not_tuned_alone():
+    """By a state of before the conversion, or by a schedule of the decay."""
+    model = perceptron()
+    groups = [
+        {"params": [model[0].weight, model[2].weight]},
+        {"params": [model[0].bias, model[2].bias]},
+    ]
+    optimizer = SGD(groups, lr=0.1, weight_decay=0.3)
+    state = copy.deepcopy(optimizer.state_dict())
+    stn = convert(model, [WeightDecay(init=0.02)], optimizer, criterion=nought)
+    stn.freeze()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.3]
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["weight_decay"] *= 0.5
+    before = general(stn)
+    train(*stn, STEPS, criterion=nought)
+    for name, parameter in general(stn).items():
+        left = (1 - 0.1 * (0.02 if name.endswith("weight") else 0.15)) ** STEPS
+        torch.testing.assert_close(parameter, left * before[name])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.15, 0.15]
+
+
+def test_groups_are_the_users_again_after_a_step_that_fails():
+    model = perceptron()
+    optimizer = sgd(model, weight_decay=0.3)
+    stn = convert(model, [WeightDecay()], optimizer)
+    members = optimizer.param_groups[0]["params"]
+    train_one(stn)
+
+    def fail(*_):
+        raise ValueError("no step")
+
+    optimizer.register_step_pre_hook(fail)
+    with pytest.raises(ValueError, match="no step"):
+        train_one(stn)
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.param_groups[0]["params"] is members
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
 
 
 def test_weight_decay_leaves_gradients_as_the_loop_made_them():

@@ -14,10 +14,10 @@ class WeightDecay(Decay):
 
     It covers trainable weights of two or more dimensions, except those the model lists in
     ``no_weight_decay()``. It is the gradient of the penalty that enters the optimizer, as in
-    ``torch.optim.SGD``; the optimizer's own ``weight_decay`` is switched off for groups that hold
-    covered weights, for whatever else is in them too. With ``AdamW`` tuned decay is not decoupled:
-    it goes through Adam's scaling, as in ``Adam(weight_decay=...)``, so that a coefficient taken
-    from ``AdamW`` means something else. Source: [DeltaSTN] Eqs. G.1, H.1.
+    ``torch.optim.SGD``; the optimizer steps these weights without its own ``weight_decay``, also
+    after a schedule or a loaded state has set one, and all others with it. With ``AdamW`` tuned
+    decay is not decoupled: it goes through Adam's scaling, as in ``Adam(weight_decay=...)``, so
+    that a coefficient taken from ``AdamW`` means something else. Source: [DeltaSTN] Eqs. G.1, H.1.
     """
 
     name: str = "weight_decay"
