@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from stnify.attributes import Attributes, attributes
 from stnify.augment import Augment
 from stnify.errors import ShapeError, UsageError
 from stnify.layers import BiasResponse, HyperLayer, WeightResponse
@@ -144,7 +145,8 @@ class Tunables(nn.Module):
         self.training_pass: Pass | None = None
         self.evaluation_pass: Pass | None = None
         self.inputs: tuple[Any, ...] | None = None
-        self._numbers: dict[str, dict[str, Any]] = {}
+        self._through: frozenset[str] = frozenset()
+        self._attributes: list[Attributes] | None = None
         self._running: Pass | None = None
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._before_training: Callable[[], None] | None = None
@@ -152,6 +154,7 @@ class Tunables(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         passing: dict[str, Any] = {
             "inputs": None,
+            "_attributes": None,
             "_running": None,
             "_compiled": {},
             "_before_training": None,
@@ -176,8 +179,12 @@ class Tunables(nn.Module):
         self.__dict__["graph"] = graph
         self.uses = {weight: tuple(layers) for weight, layers in uses.items()}
         self.defaults = dict(defaults)
-        modules = {path: self.original.get_submodule(path) for path in through}
-        self._numbers = {path: _numbers(module) for path, module in modules.items()}
+        self._through = frozenset(through)
+        self._attributes = self._read()
+
+    def _read(self) -> list[Attributes]:
+        paths = sorted(self._through)
+        return attributes({path: self.original.get_submodule(path) for path in paths})
 
     @property
     def recorders(self) -> list[Recorder]:
@@ -298,21 +305,22 @@ class Tunables(nn.Module):
             self.inputs = None
         return cast(tuple[tuple[Any, ...], dict[str, Any]] | None, inputs)
 
-    def refuse_changed_numbers(self) -> None:
-        """Raise UsageError if an attribute of a module that was traced through has changed.
+    def refuse_changed_attributes(self) -> None:
+        """Raise UsageError if an attribute that traced code reads has changed.
 
-        The graph holds the value it had; buffers are read anew in every pass.
+        The graph holds the value it had at the conversion, or when this model was copied. Tensors
+        are read anew in every pass; of what cannot be seen see ``attributes``.
         """
-        for path, before in self._numbers.items():
-            now = self.original.get_submodule(path).__dict__
-            for name, value in before.items():
-                if now.get(name) != value:
-                    raise UsageError(
-                        f"attribute {name!r} of {path or 'the model'!r} must stay what it was at "
-                        f"the conversion, {value!r}, because train mode runs the graph made then, "
-                        f"but is {now.get(name)!r}. Keep a value that changes in a buffer, or name "
-                        f"the module in `leaves=`."
-                    )
+        if self._attributes is None:
+            self._attributes = self._read()
+        for found in self._attributes:
+            for name, before, now in found.changed():
+                raise UsageError(
+                    f"attribute {name!r} of {found.path or 'the model'!r} must stay what it was at "
+                    f"the conversion, {before}, because train mode runs the graph made then, but "
+                    f"is {now}. Keep a value that changes in a buffer, or name the module in "
+                    f"`leaves=`."
+                )
 
     def run_by(self, training: Pass, evaluation: Pass) -> None:
         """Run train and eval mode by these passes instead of the ordinary ones."""
@@ -591,16 +599,6 @@ def intermediate_results(model: nn.Module) -> dict[int, Any]:
     values = (value for module in model.modules() for value in vars(module).values())
     left = [v for v in values if isinstance(v, Tensor) and not v.is_leaf]
     return {id(value): value.detach().clone() for value in left}
-
-
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module that code may branch on or compute with."""
-    kinds = (bool, int, float, str)
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, kinds) and name != "training" and not name.startswith("_")
-    }
 
 
 def _refuse_single_value(model: nn.Module, error: ValueError) -> None:

@@ -160,7 +160,7 @@ class Tuner:
                 "uses it again, but the loop or the model changed it in place. Change a copy, or "
                 "use inplace=False in the model's first layer."
             )
-        self.model._stnify.refuse_changed_numbers()
+        self.model._stnify.refuse_changed_attributes()
         inputs = self.model._stnify.remembered_inputs()
         if inputs is not None:
             self._refuse_other_batch(inputs[0])

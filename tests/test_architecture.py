@@ -15,6 +15,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "patterns": {"errors"},
     "nested": set(),
     "untouched": set(),
+    "attributes": set(),
     "layers": {"rows"},
     "regularizers": {"errors", "rows"},
     "augment": {"errors"},
@@ -44,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "inventory": {"declare", "plan", "trace"},
     "tunable": {
+        "attributes",
         "augment",
         "errors",
         "layers",
