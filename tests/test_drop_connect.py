@@ -340,6 +340,46 @@ def test_examples_share_their_weights():
         DropConnect(per_example=True)
 
 
+class Tokens(nn.Module):
+    """Weights that meet activations, and tables that are added, stacked or looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 5))
+        self.place = nn.Parameter(torch.randn(1, 4, 5))
+        self.words = nn.Embedding(4, 5)
+        self.mixing = nn.Parameter(torch.randn(5, 5))
+        self.attention = nn.MultiheadAttention(5, 1, batch_first=True, add_bias_kv=True)
+        self.recurrence = nn.GRU(5, 5, batch_first=True)
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, words: Tensor) -> Tensor:
+        hidden = self.words(words) @ self.mixing
+        hidden = torch.cat([self.token.expand(len(words), -1, -1), hidden], 1) + self.place
+        hidden = hidden + self.attention(hidden, hidden, hidden)[0]
+        return self.head(self.recurrence(hidden)[0][:, -1])
+
+
+MULTIPLIED = {
+    "mixing",
+    "attention.in_proj_weight",
+    "attention.out_proj.weight",
+    "recurrence.weight_ih_l0",
+    "recurrence.weight_hh_l0",
+    "head.weight",
+}
+
+
+def test_without_a_pattern_it_acts_on_weights_that_activations_are_multiplied_with():
+    (site,) = stnify(Tokens(), [DropConnect()]).plan.weight_noises
+    assert set(site.parameters) == MULTIPLIED
+    tables = {name for name, p in Tokens().named_parameters() if p.ndim > 1} - MULTIPLIED
+    assert {"token", "place", "words.weight", "attention.bias_k"} <= tables
+    for name in tables:
+        (site,) = stnify(Tokens(), [DropConnect(at=name)]).plan.weight_noises
+        assert site.parameters == (name,)
+
+
 def test_a_pattern_without_weights_is_refused():
     with pytest.raises(DeclarationError, match="`at` of 'drop_connect'"):
         stnify(nn.Linear(5, 4), [DropConnect(at="missing*")])

@@ -931,6 +931,41 @@ def test_tuned_weight_decay_respects_no_weight_decay():
     assert [site.parameters for site in stn.plan.decays] == [("2.weight",)]
 
 
+class Keyed(nn.Module):
+    """Lists by globs and by parts of names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 8)
+        self.table = nn.Parameter(torch.zeros(1, 8))
+        self.last = nn.Linear(8, CLASSES)
+
+    def forward(self, inputs):
+        return self.last(self.first(inputs) + self.table)
+
+    def no_weight_decay(self):
+        return {"fir*"}
+
+    def no_weight_decay_keywords(self):
+        return {"abl"}
+
+
+def test_tuned_weight_decay_respects_no_weight_decay_of_modules_inside():
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=16, num_heads=2, num_classes=5
+    )
+    model = nn.Sequential(vit, nn.Linear(5, 4))
+    (site,) = convert(model, [WeightDecay()]).plan.decays
+    listed = {f"0.{name}" for name in vit.no_weight_decay()}
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
+    assert set(site.parameters) == matrices - listed
+    assert "1.weight" in site.parameters
+    assert len(matrices & listed) > 1
+    model = nn.Sequential(nn.Linear(FEATURES, FEATURES), Keyed())
+    (site,) = convert(model, [WeightDecay()]).plan.decays
+    assert site.parameters == ("0.weight", "1.last.weight")
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "nadamw", "lion", "adafactor"])
 def test_optimizers_of_timm_follow_the_plain_loop(name):
     torch.manual_seed(0)

@@ -12,12 +12,13 @@ from stnify.declare.base import Decay
 class WeightDecay(Decay):
     """Tune the coefficient of half the squared norm of the weights (L2 penalty).
 
-    It covers trainable weights of two or more dimensions, except those the model lists in
-    ``no_weight_decay()``. It is the gradient of the penalty that enters the optimizer, as in
-    ``torch.optim.SGD``; the optimizer steps these weights without its own ``weight_decay``, also
-    after a schedule or a loaded state has set one, and all others with it. With ``AdamW`` tuned
-    decay is not decoupled: it goes through Adam's scaling, as in ``Adam(weight_decay=...)``, so
-    that a coefficient taken from ``AdamW`` means something else. Source: [DeltaSTN] Eqs. G.1, H.1.
+    It covers trainable weights of two or more dimensions, except those the model, or a module
+    inside it, lists in ``no_weight_decay()``. It is the gradient of the penalty that enters the
+    optimizer, as in ``torch.optim.SGD``; the optimizer steps these weights without its own
+    ``weight_decay``, also after a schedule or a loaded state has set one, and all others with it.
+    With ``AdamW`` tuned decay is not decoupled: it goes through Adam's scaling, as in
+    ``Adam(weight_decay=...)``, so that a coefficient taken from ``AdamW`` means something else.
+    Source: [DeltaSTN] Eqs. G.1, H.1.
     """
 
     name: str = "weight_decay"

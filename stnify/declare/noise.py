@@ -199,6 +199,10 @@ class ScalingNoise(_Spread):
 class DropConnect(WeightNoise):
     """Tune the probability with which single weights are set to zero, in all of a batch alike.
 
+    Without ``at`` it acts on the weights that activations are multiplied with: of linear layers,
+    convolutions, attention, recurrence and products. Patterns choose among all weights of two or
+    more dimensions, also embeddings, class tokens and position tables.
+
     Example:
         ``DropConnect(at="**.weight_hh_l*")`` for the recurrent weights of LSTMs.
 

@@ -1,15 +1,19 @@
 """Find the weights a decay penalises, or noise disturbs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from stnify.declare import Decay, Pattern, WeightNoise
 from stnify.errors import DeclarationError
 from stnify.patterns import choose, matches, require
 from stnify.plan import DecaySite, WeightNoiseSite
+from stnify.planning.modules import own_weights
 from stnify.planning.sharing import columns_of
+from stnify.planning.weights import weight_sites
 from stnify.space import Column
+from stnify.trace import Traced
 
 DECAYS = ("WeightDecay", "L1Penalty")
 """Kinds of decay that have a penalty."""
@@ -20,8 +24,9 @@ def decay_sites(
 ) -> tuple[list[Column], list[DecaySite]]:
     """Return the hyperparameters of ``declaration`` and the weights they decay.
 
-    Candidates are trainable weights of two or more dimensions, with dense gradients, that the
-    model's own ``no_weight_decay()`` does not list.
+    Candidates are trainable weights of two or more dimensions, with dense gradients, that neither
+    the model nor a module inside it lists in ``no_weight_decay()``, by names or globs, or by parts
+    of names in ``no_weight_decay_keywords()``.
 
     Raises:
         DeclarationError: It matches no candidate, or is of a kind without a penalty.
@@ -32,7 +37,8 @@ def decay_sites(
             f"{declaration.name!r} must be one of {', '.join(DECAYS)} to have a penalty, but is a "
             f"{kind}. Use Hyperparameter(penalty=...) for one of your own."
         )
-    by_column = _weights_by_column(model, declaration, without=_no_decay(model))
+    undecayed = _no_decay(model)
+    by_column = _weights_by_column(model, declaration, lambda name, _: name not in undecayed)
     if kind != "WeightDecay":
         own = {}
     columns = [
@@ -43,16 +49,20 @@ def decay_sites(
 
 
 def weight_noise_sites(
-    model: nn.Module, declaration: WeightNoise, scale: float | None
+    model: nn.Module, traced: Traced, declaration: WeightNoise, scale: float | None
 ) -> tuple[list[Column], list[WeightNoiseSite]]:
     """Return the hyperparameters of ``declaration`` and the weights they disturb.
 
-    Candidates are trainable weights of two or more dimensions.
+    Candidates are trainable weights of two or more dimensions; for ``at="**"`` those alone that
+    activations are multiplied with.
 
     Raises:
         DeclarationError: It matches no candidate.
     """
-    by_column = _weights_by_column(model, declaration)
+    meeting = _meeting(model, traced) if declaration.at == "**" else None
+    by_column = _weights_by_column(
+        model, declaration, lambda _, parameter: meeting is None or id(parameter) in meeting
+    )
     columns = [
         Column.of(declaration, column, declaration.default_init, scale) for column in by_column
     ]
@@ -60,13 +70,15 @@ def weight_noise_sites(
 
 
 def _weights_by_column(
-    model: nn.Module, declaration: Decay | WeightNoise, without: Sequence[str] = ()
+    model: nn.Module,
+    declaration: Decay | WeightNoise,
+    eligible: Callable[[str, Tensor], bool],
 ) -> dict[str, list[str]]:
     """Return the weights a declaration chooses, by the name of their hyperparameter."""
     candidates = {
         name: model.get_submodule(name.rpartition(".")[0])
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and parameter.requires_grad and name not in without
+        if parameter.ndim >= 2 and parameter.requires_grad and eligible(name, parameter)
     }
     candidates = {n: m for n, m in candidates.items() if not getattr(m, "sparse", False)}
     purpose = f"`at` of {declaration.name!r}"
@@ -113,6 +125,33 @@ def _chosen(patterns: Pattern, weights: Mapping[str, nn.Module | None]) -> list[
     ]
 
 
-def _no_decay(model: nn.Module) -> tuple[str, ...]:
-    names = getattr(model, "no_weight_decay", None)
-    return tuple(names()) if callable(names) else ()
+def _no_decay(model: nn.Module) -> set[str]:
+    """Return the parameters that a module says are not to be decayed, by all their names."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    found: set[str] = set()
+    for path, module in model.named_modules():
+        globs, prefix = _listed(module), f"{path}." if path else ""
+        inside = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        found |= {n for n, own in inside.items() if any(fnmatchcase(own, g) for g in globs)}
+    return found
+
+
+def _listed(module: nn.Module) -> list[str]:
+    """Return globs on the names of a module's parameters for which it asks to have no decay."""
+    lists = {"no_weight_decay": "{}", "no_weight_decay_keywords": "*{}*"}
+    asked = [(getattr(type(module), name, None), glob) for name, glob in lists.items()]
+    return [glob.format(name) for ask, glob in asked if callable(ask) for name in ask(module)]
+
+
+def _meeting(model: nn.Module, traced: Traced) -> set[int]:
+    """Return the weights that activations are multiplied with, by identity."""
+    return {id(parameter) for parameter in _multiplied(model, traced)}
+
+
+def _multiplied(model: nn.Module, traced: Traced) -> Iterator[Tensor]:
+    for module in model.modules():
+        owned = [own.weight for own in own_weights(module) if own.kind != "Embedding"]
+        yield from (module.get_parameter(name) for name in owned)
+    for site in weight_sites(model, traced, ())[0]:
+        if site.kind not in {"Embedding", "Parameter"}:
+            yield model.get_parameter(site.weight)

@@ -56,7 +56,7 @@ def found_for(
             columns, decays = decay_sites(model, declaration, scale, own_decays)
             return Found(columns, decays=tuple(decays))
         case WeightNoise():
-            columns, weight_noises = weight_noise_sites(model, declaration, scale)
+            columns, weight_noises = weight_noise_sites(model, traced, declaration, scale)
             return Found(columns, weight_noises=tuple(weight_noises))
         case ActivationTerm():
             columns, noises = activation_sites(model, traced, declaration, scale)
