@@ -21,6 +21,9 @@ class RowLayout(StrEnum):
     BATCH = "batch"
     """One row, or one block of consecutive rows, for each example."""
 
+    SINGLE = "single"
+    """One row for each example; of more rows it is not known in which order they would be."""
+
     INTERLEAVED = "interleaved"
     """Row ``i`` belongs to example ``i % batch``: time-major data folded into one dimension."""
 
@@ -42,14 +45,14 @@ def expand_rows(values: Tensor, rows: int, layout: RowLayout) -> Tensor:
     Args:
         values: ``(batch, n)``, one row for each example.
         rows: Size of the dimension of rows that the result must broadcast against.
-        layout: Whom rows belong to. ``SHARED``, or a row count that is no multiple of the batch,
-            takes the mean.
+        layout: Whom rows belong to. ``SHARED``, or a row count that does not fit the batch, takes
+            the mean.
 
     Returns:
         ``(rows, n)``, or ``(1, n)`` if rows are shared.
     """
     batch = values.shape[0]
-    if layout is RowLayout.SHARED or rows % batch:
+    if not _belong(rows, batch, layout):
         return values.mean(dim=0, keepdim=True)
     if rows == batch:
         return values
@@ -67,11 +70,17 @@ def gather_rows(values: Tensor, batch: int, layout: RowLayout) -> Tensor:
         layout: Whom rows belong to.
     """
     rows = values.shape[0]
-    if layout is RowLayout.SHARED or rows % batch:
+    if not _belong(rows, batch, layout):
         return values.mean().expand(batch)
     if layout is RowLayout.INTERLEAVED:
         return values.reshape(rows // batch, batch).mean(0)
     return values.reshape(batch, rows // batch).mean(1)
+
+
+def _belong(rows: int, batch: int, layout: RowLayout) -> bool:
+    """Whether each row belongs to an example."""
+    single = layout is RowLayout.SINGLE and rows != batch
+    return not (single or layout is RowLayout.SHARED or rows % batch)
 
 
 def placed(values: Tensor, dims: int, row: int, unit: int) -> Tensor:

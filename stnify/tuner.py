@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from stnify.errors import UsageError
 from stnify.flops import count_flops
+from stnify.layouts import set_layouts
 from stnify.linearize import Forward
 from stnify.loaders import EndlessLoader
 from stnify.methods import Cadence, Counters, Method
@@ -25,7 +26,7 @@ from stnify.step import StepResult, response_step, validation_step
 from stnify.streams import RandomStream
 from stnify.tunable import TunableModule
 from stnify.uncentred import UncentredTraining, uncentred_evaluation
-from stnify.verify import set_layouts, verify
+from stnify.verify import verify
 
 BASELINE_MEMORY = 0.9
 """Weight of the past in the running mean of the validation loss."""

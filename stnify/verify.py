@@ -1,30 +1,30 @@
-"""3b. Prove a conversion on real inputs: same outputs, and which rows belong to which example."""
+"""3b. Prove a conversion on real inputs: same outputs in both modes, and whose rows are whose."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stnify.errors import TraceError
-from stnify.nested import leaves, map_tensors
-from stnify.rows import RowLayout, batch_size, by_example
+from stnify.errors import TraceError, UnsupportedModuleError
+from stnify.layouts import (
+    PROBES,
+    Inputs,
+    first_examples,
+    measured_layouts,
+    of_both_modes,
+    set_layouts,
+)
+from stnify.nested import leaves
+from stnify.rows import batch_size
 from stnify.streams import RandomStream
 from stnify.tunable import TunableModule, evaluating, pass_inputs
 from stnify.untouched import state_restored
 
-PROBES = 5
-"""Examples a layout probe runs."""
-
-CHANGED = (1, 3)
-"""Examples that are changed, one at a time: code that reorders a batch moves one of them."""
-
-SILENT = ("batch (independent of the input)", "shared (independent of the input)")
-"""Said of a site whose input does not depend on the model's: with a row an example, and without."""
-
-Rows = dict[str, list[Tensor]]
+QUIET = ("drop", "stochastic")
+"""In the names of classes that are noise and nothing else, in lower case."""
 
 
 @torch.no_grad()
@@ -33,7 +33,9 @@ def verify(
 ) -> dict[str, str]:
     """Check the graph against the original and set the row layout of every site.
 
-    Runs in eval mode; buffers and random state stay as they are.
+    Outputs are compared in eval mode, bit for bit, and in train mode up to rounding, on a few
+    examples and where noise can be switched off. Rows are measured in eval mode, and in train mode
+    as well where the model's own code runs. Parameters, buffers and random state stay as they are.
 
     Args:
         model: Just converted.
@@ -44,41 +46,94 @@ def verify(
         Layout in words, by name of the hyper layer or noise site.
 
     Raises:
-        TraceError: In eval mode the graph's output differs from the original's in any bit.
+        TraceError: The graph's output differs from the original's.
+        UnsupportedModuleError: Code of the model changes a parameter while it predicts, which
+            perturbed passes would do as well.
     """
+    inputs = (args, dict(kwargs))
     private = RandomStream(0, model._stnify.space.unconstrained.device)
-    with evaluating(model), private.active():
-        _refuse_difference(model, args, kwargs)
-        with model._stnify.buffers_restored(), state_restored(model._stnify.original):
-            return _probe_layouts(model, (args, dict(kwargs)))
-
-
-def set_layouts(model: TunableModule, words: Mapping[str, str]) -> None:
-    """Set the layouts that ``verify`` returned in words, for example in another process."""
-    for name, word in words.items():
-        _sites(model)[name].layout = RowLayout(word.split()[0])
-
-
-def _sites(model: TunableModule) -> dict[str, Any]:
-    layers, noises = model._stnify.layers.items(), model._stnify.noises.items()
-    return {f"layers.{n}": s for n, s in layers} | {f"noises.{n}": s for n, s in noises}
-
-
-def _refuse_difference(
-    model: TunableModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    runs = []
-    original = model._stnify.original
-    for run in (original, model._stnify.graph):
-        with model._stnify.buffers_restored(), state_restored(original):
-            runs.append(run(*args, **kwargs))
-    expected, found = (list(leaves(outputs)) for outputs in runs)
-    if len(expected) != len(found) or not all(map(_identical, expected, found)):
-        raise TraceError(
-            f"the traced graph must compute exactly what {type(original).__name__} computes in "
-            f"eval mode, but its output differs. The model's control flow depends on its inputs or "
-            f"on something outside; name the module that does so in `leaves=`."
+    with private.active(), _parameters_restored(model):
+        with evaluating(model):
+            _refuse_difference(model, inputs)
+        with _training(model):
+            _refuse_difference_in_training(model, inputs)
+    with private.active(), _parameters_restored(model) as changed:
+        words = _layouts(model, inputs)
+    if changed:
+        raise UnsupportedModuleError(
+            f"a model must not change its parameters while it predicts, because perturbed passes "
+            f"would do so as well, but {changed[0]!r} is changed by its code. Change it in the "
+            f"loop, after optimizer.step(), or make it a buffer or a parametrization."
         )
+    return words
+
+
+def _layouts(model: TunableModule, inputs: Inputs) -> dict[str, str]:
+    """Measure rows in eval mode, and where code of the model's own runs, in train mode too."""
+    with evaluating(model), _untouched(model):
+        words = measured_layouts(model, inputs)
+    if model._stnify.swapped or model._stnify.functions:
+        with _training(model), _untouched(model):
+            trained = measured_layouts(model, inputs)
+        words = {name: of_both_modes(word, trained[name]) for name, word in words.items()}
+        set_layouts(model, words)
+    return words
+
+
+# The same outputs ---------------------------------------------------------------------------------
+
+
+def _refuse_difference(model: TunableModule, inputs: Inputs) -> None:
+    passes = (model._stnify.original, model._stnify.graph)
+    expected, found = (_outputs(model, run, inputs) for run in passes)
+    if not _agree(_identical, expected, found):
+        raise _other(model, "exactly ", "eval")
+
+
+def _refuse_difference_in_training(model: TunableModule, inputs: Inputs) -> None:
+    """Compare in train mode, unless the original is random there, or cannot run on a few examples.
+
+    Noise of PyTorch's and timm's modules, and all that was added, are off.
+    """
+    full = batch_size(inputs)
+    few = first_examples(inputs, full, PROBES) if full else inputs
+    original, graph = model._stnify.original, model._stnify.graph
+    try:
+        expected, again = (_outputs(model, original, few, seed) for seed in (0, 1))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return
+    if not _agree(_close, expected, again):
+        return
+    values = pass_inputs(None, model._stnify.space.current)
+    found = _outputs(model, partial(graph, **values), few)
+    model._stnify.forget_records()
+    if not _agree(_close, expected, found):
+        raise _other(model, "", "train")
+
+
+def _other(model: TunableModule, how: str, mode: str) -> TraceError:
+    return TraceError(
+        f"the traced graph must compute {how}what {type(model._stnify.original).__name__} computes "
+        f"in {mode} mode, but its output differs. The model's control flow depends on its inputs "
+        f"or on something outside; name the module that does so in `leaves=`, the whole model as "
+        f'"".'
+    )
+
+
+def _outputs(
+    model: TunableModule, run: Callable[..., Any], inputs: Inputs, seed: int = 0
+) -> list[Any]:
+    """Return the leaves of what ``run`` returns; the model stays as it is."""
+    stream = RandomStream(seed, model._stnify.space.unconstrained.device)
+    args, kwargs = inputs
+    with _untouched(model), stream.active():
+        return list(leaves(run(*args, **kwargs)))
+
+
+def _agree(same: Callable[[Any, Any], bool], expected: list[Any], found: list[Any]) -> bool:
+    return len(expected) == len(found) and all(map(same, expected, found))
 
 
 def _identical(one: Any, other: Any) -> bool:
@@ -92,179 +147,63 @@ def _identical(one: Any, other: Any) -> bool:
     return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
-def _probe_layouts(
-    model: TunableModule, inputs: tuple[tuple[Any, ...], dict[str, Any]]
-) -> dict[str, str]:
-    """Run a few examples, then with one of them changed; if that fails, the batch as it is."""
-    full = batch_size(inputs)
-    if full == 0:
-        return {}
-
-    def few() -> dict[str, str]:
-        words = _probe(model, _first_examples(inputs, full, PROBES), PROBES)
-        return words | _constant(model, _first_examples(inputs, full, PROBES - 1), words)
-
-    # Inputs that index into others, such as edges of a graph, cannot be cut.
-    for measured in (few, partial(_probe, model, inputs, full)):
-        try:
-            return measured()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            continue
-    for site in _sites(model).values():
-        site.layout = RowLayout.SHARED
-    return dict.fromkeys(_sites(model), "shared (could not be measured)")
+def _close(one: Any, other: Any) -> bool:
+    """Whether two tensors differ by no more than sums in another order may."""
+    if _identical(one, other) or not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return _identical(one, other)
+    if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point():
+        return False
+    rounding = torch.finfo(one.dtype).eps ** 0.5
+    one, other = (value.double().nan_to_num() for value in (one, other))
+    return bool((one - other).norm() <= rounding * one.norm())
 
 
-def _probe(
-    model: TunableModule, base: tuple[tuple[Any, ...], dict[str, Any]], batch: int
-) -> dict[str, str]:
-    sites, rows = _sites(model), list[Rows]()
-    # Of each picture in a list a detector finds some other number of objects.
-    listed = any(by_example(value, batch) for value in (*base[0], *base[1].values()))
-    changed = [index for index in CHANGED if index < batch] or [0]
-    for args, kwargs in (base, *(_with_one_changed(base, batch, index) for index in changed)):
-        rows.append(_seen(model, sites, args, kwargs, batch))
-    words = {}
-    for name, site in sites.items():
-        calls = [
-            _layout(before, after, batch, index, _row_dims(site))
-            for index, probe in zip(changed, rows[1:], strict=True)
-            for before, after in zip(rows[0][name], probe[name], strict=True)
-        ]
-        site.layout, words[name] = _agreed(calls)
-        if listed and " x " in words[name]:
-            site.layout, words[name] = RowLayout.SHARED, "shared (rows are what is found)"
-    return words
-
-
-def _seen(
-    model: TunableModule,
-    sites: Mapping[str, nn.Module],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    batch: int,
-) -> Rows:
-    """Run the graph and return what every site receives, call by call."""
-    nowhere = None
-    if model._stnify.swapped or model._stnify.functions:
-        # Perturbed by nought, because only perturbed passes watch the calls of other code.
-        nowhere = torch.zeros_like(model._stnify.space.unconstrained).expand(batch, -1)
-    values = model._stnify.space.current  # in eval mode noise lets all pass, but is called
-    with _recorded(sites) as seen:
-        model._stnify.graph(*args, **kwargs, **pass_inputs(nowhere, values))
-    return seen
-
-
-def _constant(
-    model: TunableModule, inputs: tuple[tuple[Any, ...], dict[str, Any]], words: Mapping[str, str]
-) -> dict[str, str]:
-    """Find sites without rows that happen to receive as many as there were examples.
-
-    Such a site sees no difference between examples, and receives as many rows for fewer of them.
-    """
-    doubtful = {name: site for name, site in _sites(model).items() if words[name] == SILENT[0]}
-    found: dict[str, str] = {}
-    if not doubtful:
-        return found
-    with suppress(Exception):  # a model may need its number of examples; then nothing is known
-        seen = _seen(model, doubtful, *inputs, PROBES - 1)
-        for name, site in doubtful.items():
-            if all(received.shape[0] == PROBES for received in seen[name]):
-                site.layout, found[name] = RowLayout.SHARED, SILENT[1]
-    return found
-
-
-def _row_dims(site: Any) -> tuple[int, ...]:
-    return getattr(site, "row_dims", (0, 1))
-
-
-def _agreed(calls: list[tuple[RowLayout, str]]) -> tuple[RowLayout, str]:
-    """Return the layout of all calls of a site; calls that see no difference agree with any."""
-    if not calls:
-        return RowLayout.SHARED, "shared (never called)"
-    telling = [call for call in calls if call[1] not in SILENT] or calls
-    layout, word = telling[0]
-    if any(other != layout for other, _ in telling):
-        return RowLayout.SHARED, "shared (mixed)"
-    return layout, word if len({word for _, word in telling}) == 1 else str(layout)
-
-
-def _first_examples(inputs: Any, full: int, count: int) -> Any:
-    """Return inputs of ``count`` examples, repeating the batch if it has fewer."""
-    chosen = torch.arange(count) % full
-
-    def pick(value: Any) -> Any:
-        if isinstance(value, list):
-            return [value[index] for index in chosen.tolist()]
-        batched = value.ndim > 0 and value.shape[0] == full
-        return value[chosen.to(value.device)] if batched else value
-
-    return map_tensors(pick, inputs, partial(by_example, batch=full))
-
-
-def _with_one_changed(inputs: Any, batch: int, index: int) -> Any:
-    """Change one example: new noise for real inputs, shifted entries for integers."""
-
-    def change(value: Any) -> Any:
-        if isinstance(value, list):
-            entry = map_tensors(lambda tensor: _changed(tensor, ...), value[index])
-            return [*value[:index], entry, *value[index + 1 :]]
-        return _changed(value, index) if value.ndim and value.shape[0] == batch else value
-
-    return map_tensors(change, inputs, partial(by_example, batch=batch))
-
-
-def _changed(tensor: Tensor, index: Any) -> Tensor:
-    """Return a copy of ``tensor`` with other numbers at ``index``."""
-    if tensor.numel() == 0:
-        return tensor
-    tensor = tensor.clone()
-    if tensor.is_floating_point():
-        spread = tensor.float().std(correction=0).clamp_min(1e-2).to(tensor.dtype)
-        tensor[index] += spread * torch.randn_like(tensor[index])
-    elif tensor.dtype is not torch.bool:
-        highest = tensor.max()
-        tensor[index] = torch.where(tensor[index] == highest, 0, highest)
-    return tensor
+# What stays as it is ------------------------------------------------------------------------------
 
 
 @contextmanager
-def _recorded(sites: Mapping[str, nn.Module]) -> Iterator[Rows]:
-    """Record what every site receives, call by call."""
-    seen: Rows = {name: [] for name in sites}
+def _untouched(model: TunableModule) -> Iterator[None]:
+    """Undo what the body does to buffers, attributes and generators."""
+    with model._stnify.buffers_restored(), state_restored(model._stnify.original):
+        yield
 
-    def record(name: str) -> Any:
-        return lambda module, inputs: seen[name].append(inputs[0].detach().clone())
 
-    handles = [site.register_forward_pre_hook(record(name)) for name, site in sites.items()]
+@contextmanager
+def _training(model: TunableModule) -> Iterator[None]:
+    """Put the model in train mode, if it is not, with noise off and norms at running statistics."""
+    original, added = model._stnify.original, model._stnify
+    modes = [(module, module.training) for module in model.modules()]
+    root = original.training
     try:
-        yield seen
+        if not model.training:
+            model.train()
+        for module in original.modules():
+            if _is_noise(module) or isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False
+        for noise in (added.noises, added.fixed, added.weight_noises):
+            noise.eval()
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, training in modes:
+            module.training = training
+        original.training = root
 
 
-def _layout(
-    before: Tensor, after: Tensor, batch: int, changed: int, row_dims: tuple[int, ...]
-) -> tuple[RowLayout, str]:
-    """Tell from which rows changed, when one example did, whom rows belong to."""
-    if before.numel() == 0 or before.ndim == 0 or before.shape != after.shape:
-        return RowLayout.SHARED, "shared (no batch)"
-    different = before != after
-    size = before.shape[0]
-    if not different.any():
-        return (RowLayout.BATCH, SILENT[0]) if size == batch else (RowLayout.SHARED, SILENT[1])
-    rows = different.reshape(size, -1).any(1).nonzero().flatten()
-    block = size // batch
-    if size % batch == 0:
-        if bool((rows // block == changed).all()):
-            return RowLayout.BATCH, "batch" if block == 1 else f"batch x {block}"
-        if bool((rows % batch == changed).all()):
-            return RowLayout.INTERLEAVED, f"interleaved x {block}"
-    if 1 in row_dims and before.ndim > 1 and before.shape[1] == batch:
-        columns = different.movedim(1, 0).reshape(batch, -1).any(1).nonzero().flatten()
-        if bool((columns == changed).all()):
-            return RowLayout.SECOND, "second dimension"
-    return RowLayout.SHARED, "shared (rows mix examples)"
+def _is_noise(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    holds = next(module.parameters(), None) is not None
+    return not holds and any(word in name for word in QUIET)
+
+
+@contextmanager
+def _parameters_restored(model: TunableModule) -> Iterator[list[str]]:
+    """Put parameters back that the body changes; yield their names, afterwards."""
+    parameters = model._stnify.general_parameters()
+    before = {name: (p.detach().clone(), p._version) for name, p in parameters.items()}
+    changed: list[str] = []
+    yield changed
+    for name, (value, version) in before.items():
+        parameter = parameters[name]
+        if parameter._version != version or not _identical(parameter.detach(), value):
+            changed.append(name)
+            parameter.data.copy_(value)

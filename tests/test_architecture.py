@@ -67,7 +67,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trace",
         "tunable",
     },
-    "verify": {"errors", "nested", "rows", "streams", "tunable", "untouched"},
+    "layouts": {"nested", "rows", "tunable"},
+    "verify": {"errors", "layouts", "nested", "rows", "streams", "tunable", "untouched"},
     "perturb": {"space"},
     "linearize": {
         "errors",
@@ -111,6 +112,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tuner": {
         "errors",
         "flops",
+        "layouts",
         "linearize",
         "loaders",
         "methods",

@@ -115,9 +115,9 @@ def test_the_converted_model_keeps_its_promises(assertion):
 
 def test_rows_of_attention_weights_are_measured():
     stn = stnify(Reader(), [AttentionDropout()], example_inputs=words())
-    assert {noise.layout for noise in stn.model._stnify.noises.values()} == {RowLayout.BATCH}
-    assert {layer.layout for layer in stn.model.hyper_layers.values()} == {
-        RowLayout.BATCH,
+    assert {noise.layout for noise in stn.model._stnify.noises.values()} == {RowLayout.SINGLE}
+    assert {layer.layout for layer in stn.model._stnify.hyper_layers.values()} == {
+        RowLayout.SINGLE,
         RowLayout.SECOND,
     }
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from cases import IDLE, convert
 from torch import nn
 
-from stnify import TraceError
+from stnify import Dropout, TraceError, UnsupportedModuleError
+from stnify.tunable import evaluating, pass_inputs
 
 
 def layers(*sizes):
@@ -147,3 +148,143 @@ def test_what_code_sets_on_a_tensor_is_set_in_training_too(around):
     assert (before > 0.2).any()
     stn.model(torch.randn(4, 6))
     assert (model.first.weight.norm(dim=1) < 0.11).all()
+
+
+class ByType(Module):
+    """Another branch for what is no tensor, such as fx's stand-in, but in training only."""
+
+    def forward(self, x):
+        usual = self.training and isinstance(x, torch.Tensor)
+        return self.first(x) if usual else self.second(x)
+
+
+def test_a_difference_in_train_mode_is_told():
+    x = torch.randn(4, 6)
+    with pytest.raises(TraceError, match="in train mode, but its output differs"):
+        convert(ByType(), [IDLE], example_inputs=x)
+    model = ByType()
+    stn = convert(model, [IDLE], example_inputs=x, leaves=[""])
+    assert torch.equal(stn.model(x), model.first(x))
+
+
+@pytest.mark.parametrize("noise", [nn.Dropout(0.5), nn.AlphaDropout(0.5)])
+def test_noise_is_no_difference(noise):
+    model = nn.Sequential(nn.Linear(6, 6), noise, nn.BatchNorm1d(6), nn.Linear(6, 2))
+    hparams = [Dropout(at="1", init=0.3)] if type(noise) is nn.Dropout else [IDLE]
+    convert(model, [*hparams], example_inputs=torch.randn(4, 6))
+
+
+class Fold(Module):
+    """Folds time into rows, time first in the modes named."""
+
+    def __init__(self, *time_first):
+        super().__init__()
+        self.time_first = time_first
+
+    def forward(self, x):
+        batch, time, features = x.shape
+        if self.training not in self.time_first:
+            return self.first(x.reshape(batch * time, features)).view(batch, time, -1)
+        rows = self.first(x.transpose(0, 1).reshape(time * batch, features))
+        return rows.view(time, batch, -1).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("modes", "word"),
+    [
+        ((), "batch x 5"),
+        ((True, False), "interleaved x 5"),
+        ((True,), "shared (otherwise in train mode)"),
+    ],
+)
+def test_rows_are_measured_in_both_modes(modes, word):
+    stn = convert(Fold(*modes), [IDLE], example_inputs=torch.randn(4, 5, 6))
+    assert {site.name: site.layout for site in stn.plan.weights}["first"] == word
+
+
+class Train(Module):
+    """Does something to the rows in training only."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.head(self.change(self.first(x)) if self.training else self.first(x))
+
+
+def permuted(features):
+    return features[torch.randperm(len(features))]
+
+
+def mixed(features):
+    return features + features[torch.randperm(len(features))]
+
+
+def normalised(features):
+    return features - features.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (normalised, "batch"),
+        (mixed, "batch"),
+        (lambda features: F.dropout(features), "batch"),
+        (lambda features: features.roll(1, 0), "shared (otherwise in train mode)"),
+    ],
+)
+def test_what_mixes_rows_in_training_leaves_them_whose_they_are(change, word):
+    torch.manual_seed(0)
+    stn = convert(Train(change), [IDLE], example_inputs=torch.randn(8, 6))
+    assert {site.name: site.layout for site in stn.plan.weights}["head"] == word
+
+
+def leak(stn, x):
+    """Return how far each example's prediction moves with the perturbation of the second."""
+    open_gates(stn)
+    given = torch.randn(len(x), 1)
+    other = given.clone()
+    other[1] += 1
+    with torch.no_grad(), evaluating(stn.model):
+        ends = [stn.model._stnify.graph(x, **pass_inputs(each, None)) for each in (given, other)]
+    return (ends[0] - ends[1]).flatten(1).abs().amax(1)
+
+
+def open_gates(stn):
+    with torch.no_grad():
+        for parameter in stn.model._stnify.response_parameters().values():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("modes", [(), (True, False)], ids=["batch first", "time first"])
+def test_a_first_batch_of_length_one_says_nothing_of_the_order_of_rows(modes):
+    stn = convert(Fold(*modes), [IDLE], example_inputs=torch.randn(4, 1, 6))
+    moved = leak(stn, torch.randn(4, 1, 6))
+    assert moved[1] > 0
+    assert moved[[0, 2, 3]].eq(0).all()
+    assert leak(stn, torch.randn(4, 5, 6)).gt(0).all(), "all share the mean"
+    stn = convert(Fold(*modes), [IDLE], example_inputs=torch.randn(4, 2, 6))
+    moved = leak(stn, torch.randn(4, 5, 6))
+    assert moved[1] > 0
+    assert moved[[0, 2, 3]].eq(0).all()
+
+
+class Momentum(Module):
+    """Keeps an average of its first layer's weight in its second's, as MoCo does."""
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.second.weight.mul_(0.9).add_(self.first.weight, alpha=0.1)
+        return self.first(x) + self.second(x).detach()
+
+
+def test_code_that_changes_a_parameter_is_refused_and_undone():
+    model = Momentum()
+    before = model.second.weight.clone()
+    with pytest.raises(UnsupportedModuleError, match=r"'second\.weight' is changed by its code"):
+        convert(model, [IDLE], example_inputs=torch.randn(4, 6))
+    assert torch.equal(model.second.weight, before)
+    model(torch.randn(4, 6))
+    assert not torch.equal(model.second.weight, before)

@@ -370,7 +370,7 @@ def test_each_example_has_its_own_perturbation(outside):
     assert shared == outside.shared
     with torch.no_grad():
         for layer in stn.model.hyper_layers.values():
-            if layer.layout is RowLayout.BATCH:
+            if layer.layout in (RowLayout.SINGLE, RowLayout.BATCH):
                 for parameter in layer.parameters():
                     parameter.normal_(0, 0.3)
     batch = outside.data(3, size)

@@ -800,7 +800,7 @@ class Reordering(nn.Module):
 
 def test_rows_in_another_order_are_no_examples_rows():
     found = layouts(Reordering(), torch.randn(6, 4))
-    assert found == {"one": "shared (rows mix examples)", "other": "shared (mixed)"}
+    assert found == {"one": "shared (rows of other examples)", "other": "shared (mixed)"}
 
 
 @pytest.mark.parametrize(
