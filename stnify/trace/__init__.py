@@ -17,10 +17,10 @@ from torch.fx.node import map_aggregate
 from stnify.patterns import require_each
 from stnify.trace.functions import TracedFunctions
 from stnify.trace.tracer import (
-    Attributes,
     EagerUse,
     ModuleOutput,
     SiteTracer,
+    Snapshot,
     Traced,
     caller,
     hooked,
@@ -90,7 +90,7 @@ def _trace_in_mode(
             if "" in leaves:
                 graph = _one_leaf(tracer, "named in `leaves`")
                 break
-            attributes = Attributes(model)
+            attributes = Snapshot(model)
             try:
                 with EagerUse():
                     graph = tracer.trace(model)

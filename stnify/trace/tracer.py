@@ -97,7 +97,7 @@ class UnknownWhileTracing:
     """Stands for an attribute that only a real pass sets, so that code that reads it fails."""
 
 
-class Attributes:
+class Snapshot:
     """What a module's attributes are now, and what lists, dictionaries and sets among them hold.
 
     Args:
@@ -108,14 +108,14 @@ class Attributes:
         self._module = module
         self._values = dict(module.__dict__)
         kept = {n: v for n, v in self._values.items() if n not in _REGISTRIES}
-        self._contents = {n: _content(v) for n, v in kept.items() if isinstance(v, _CONTAINERS)}
+        self._contents = {n: _held(v) for n, v in kept.items() if isinstance(v, _CONTAINERS)}
 
     def refuse_changes(self) -> None:
         """Raise ChangedAttributeError if any is another, or holds something else."""
         now = {n: v for n, v in self._module.__dict__.items() if not n.startswith(CONSTANT)}
         before = self._values
         changed = [n for n, value in now.items() if n not in before or before[n] is not value]
-        changed += [n for n, held in self._contents.items() if _content(before[n]) != held]
+        changed += [n for n, held in self._contents.items() if _held(before[n]) != held]
         if changed:
             raise ChangedAttributeError(changed)
 
@@ -129,7 +129,7 @@ _REGISTRIES = set(nn.Module().__dict__)
 _CONTAINERS = (list, dict, set)
 
 
-def _content(value: Any) -> list[int]:
+def _held(value: Any) -> list[int]:
     """Return the identities of what a container holds, in its order."""
     held = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
     return [id(entry) for entry in held]
@@ -253,7 +253,7 @@ class SiteTracer(fx.Tracer):
         before = set(self.graph.nodes)
         draws = random_states()
         stack, calls, scope = self.module_stack.copy(), self.num_calls.copy(), copy(self.scope)
-        attributes, assigned = Attributes(m), self.assigned()
+        attributes, assigned = Snapshot(m), self.assigned()
         while True:
             try:
                 output = super().call_module(m, forward, args, kwargs)
