@@ -66,8 +66,8 @@ class HyperLayer(nn.Module, ABC):
 
         Args:
             inputs: What the original layer receives; a dual tensor in a linearised pass.
-            weight: General weight.
-            bias: General bias or None; a dual tensor if it is computed from what responds.
+            weight: General weight; a dual tensor if it is computed from what responds.
+            bias: General bias or None, likewise.
             response_input: ``(batch, h)`` unconstrained, or None for the plain operator.
             linearized: Return a dual tensor: the plain output, and as its tangent the first-order
                 effect of the response ([DeltaSTN] Eq. 3.13), three evaluations in all.
@@ -75,9 +75,10 @@ class HyperLayer(nn.Module, ABC):
         """
         if response_input is None:
             return self.operate(inputs, weight, bias, **arguments)
-        primal, tangent, shift = inputs, None, None
+        primal, tangent, turn, shift = inputs, None, None, None
         if linearized:
             primal, tangent = forward_ad.unpack_dual(inputs)
+            weight, turn = forward_ad.unpack_dual(weight)
         if linearized and bias is not None:
             bias, shift = forward_ad.unpack_dual(bias)
         outputs = self.operate(primal, weight, bias, **arguments)
@@ -86,6 +87,8 @@ class HyperLayer(nn.Module, ABC):
             return outputs + change
         if tangent is not None:
             change = change + self.operate(tangent, weight, None, **arguments)
+        if turn is not None:
+            change = change + self.operate(primal, turn, None, **arguments)
         if shift is not None:
             change = change + self.broadcast(shift[None], outputs)
         return forward_ad.make_dual(outputs, change)

@@ -58,8 +58,11 @@ class HyperProduct(HyperLayer):
         return by_last(units, outputs, self.layout.dim)
 
     def is_single(self, inputs: Tensor) -> bool:
-        """A vector is one example."""
-        return inputs.ndim <= self.layout.dim + 1
+        """Inputs without the dimension of rows are one example.
+
+        A vector's only dimension counts rows if the outputs have it, see ``weight_change``.
+        """
+        return inputs.ndim <= self.layout.dim
 
     def forward(
         self,
@@ -77,8 +80,9 @@ class HyperProduct(HyperLayer):
         if not linearized:
             return outputs + self.change(inputs, weight, bias, response_input, outputs, **arguments)
         arguments["others"] = tuple(_primal(other) for other in arguments["others"])
+        inputs, weight = _primal(inputs), _primal(weight)
         primal, tangent = forward_ad.unpack_dual(outputs)
-        change = self.change(_primal(inputs), weight, bias, response_input, primal, **arguments)
+        change = self.change(inputs, weight, bias, response_input, primal, **arguments)
         return forward_ad.make_dual(primal, change if tangent is None else tangent + change)
 
     def weight_change(
