@@ -20,7 +20,7 @@ from stnify.inventory import doubled, inventory
 from stnify.linearize import Forward, linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
 from stnify.methods import METHODS, Cadence, Method
-from stnify.objective import PASSES, Objective
+from stnify.objective import PASSES, PREDICTIONS, Objective
 from stnify.optimizer import MakeOptimizer, STNOptimizer
 from stnify.plan import Plan, ResponseKind
 from stnify.planning import make_plan
@@ -29,7 +29,7 @@ from stnify.rewrite import rewrite
 from stnify.schedule import History
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
-from stnify.targets import has_classes
+from stnify.targets import has_classes, takes_indices_alone
 from stnify.trace import trace
 from stnify.tunable import TunableModule
 from stnify.tuner import Tuner
@@ -40,6 +40,9 @@ Jitter = Literal["gaussian", "sinusoid"]
 SINUSOID_PERIOD = 1200
 """[STN] F, in training steps. The amplitude is ``scale``, unconstrained units; there it is 0.1."""
 
+
+ON_CLASSES = {"LabelSmoothing", *PREDICTIONS}
+"""Kinds of loss terms that need predictions of classes."""
 
 RESPONSE_FRACTION = 0.5
 """Share of a batch ``(inputs, target)`` in the response step, which then has as many rows as it."""
@@ -256,12 +259,8 @@ def _refuse_terms(
             f"{absolute[0]!r} is taken to first order in the response, which must be centred, but "
             f'`method="stn"` has none that is. Use method="delta" or method="centered".'
         )
-    smoothing = [site.column for site in plan.losses if site.kind == "LabelSmoothing"]
-    if smoothing and criterion is not None and not has_classes(criterion):
-        raise DeclarationError(
-            f"{smoothing[0]!r} spreads a target over classes of which one is right, but the "
-            f"criterion {criterion!r} has none. Leave LabelSmoothing out."
-        )
+    if criterion is not None:
+        _refuse_criterion(plan, criterion)
     if forward_loss is None:
         return
     passes = [s.column for s in plan.losses if s.penalty is not None or s.kind in PASSES]
@@ -278,6 +277,24 @@ def _refuse_terms(
             f"{terms[0]!r} acts in `stn.criterion`, which needs `criterion=` beside "
             f"`forward_loss=`: pass both, and let forward_loss call "
             f"`stn.criterion(prediction, target)` with the tensor it is about."
+        )
+
+
+def _refuse_criterion(plan: Plan, criterion: Callable[..., Tensor]) -> None:
+    """Raise DeclarationError if something acts on classes or probabilities this criterion lacks."""
+    acting = [site.column for site in plan.losses if site.kind in ON_CLASSES]
+    if acting and not has_classes(criterion):
+        raise DeclarationError(
+            f"{acting[0]!r} acts on classes of which one is right, but the criterion "
+            f"{criterion!r} has none. Leave it out."
+        )
+    changing = [site.column for site in plan.losses if site.kind == "LabelSmoothing"]
+    changing += [site.column for site in plan.augmentations if site.kind in MIXES]
+    if changing and takes_indices_alone(criterion):
+        raise DeclarationError(
+            f"{changing[0]!r} makes probabilities of targets, but the criterion {criterion!r} "
+            f"takes class indices alone. Use nn.CrossEntropyLoss() on logits, which is "
+            f"nn.NLLLoss() on log-probabilities."
         )
 
 

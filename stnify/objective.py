@@ -16,7 +16,7 @@ from stnify.penalties import confidence, jacobian, temporal_change
 from stnify.perturb import Perturbation
 from stnify.plan import DecaySite, LossSite
 from stnify.space import HyperparameterSpace
-from stnify.targets import at_targets
+from stnify.targets import at_targets, class_dimension, of_rows
 from stnify.tunable import TunableModule
 
 
@@ -74,8 +74,8 @@ def _unchanged(activations: Tensor) -> Tensor:
     return activations
 
 
-PREDICTIONS: dict[str, Callable[[Tensor], Tensor]] = {"ConfidencePenalty": confidence}
-"""Kind of loss term to its penalty on predictions, ``(batch,)``."""
+PREDICTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {"ConfidencePenalty": confidence}
+"""Kind of loss term to its penalty on predictions with classes in a dimension, ``(rows,)``."""
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "ActivationPenalty": _unchanged,
@@ -145,7 +145,8 @@ class Objective:
         _refuse_places(model._stnify.space, target)
         loss = _scalar(self._at_targets(model, prediction, target), "criterion")
         depending = [part for part in (loss, prediction) if isinstance(part, Tensor)]
-        terms = [*self._of_prediction(model, prediction), *self._of_activations(model, depending)]
+        terms = [*self._of_prediction(model, prediction, target)]
+        terms += self._of_activations(model, depending)
         return sum(terms, start=loss)
 
     def _refuse_prediction(self, model: TunableModule, prediction: Any) -> None:
@@ -171,11 +172,15 @@ class Objective:
         mixing, value = model._stnify.mixing_of(prediction), smoothing[0] if smoothing else None
         return at_targets(self.criterion, prediction, target, value, mixing)
 
-    def _of_prediction(self, model: TunableModule, prediction: Any) -> Iterator[Tensor]:
+    def _of_prediction(
+        self, model: TunableModule, prediction: Any, target: Any
+    ) -> Iterator[Tensor]:
         """Yield the penalties on predictions, ``()``."""
+        assert self.criterion is not None
         for site in (site for site in self.losses if site.kind in PREDICTIONS):
-            value = model._stnify.space[site.column]
-            yield (value * PREDICTIONS[site.kind](prediction)).mean()
+            classes = class_dimension(self.criterion, prediction, target)
+            values = of_rows(model._stnify.space[site.column], len(prediction))
+            yield (values * PREDICTIONS[site.kind](prediction, classes)).mean()
 
     def _of_activations(self, model: TunableModule, depending: list[Tensor]) -> Iterator[Tensor]:
         """Yield the penalties on the activations that the loss depends on, ``()``."""

@@ -49,21 +49,22 @@ def weight_decay(
     return (0.5 * coefficient * total).mean()
 
 
-def confidence(prediction: Tensor) -> Tensor:
-    """Return the negative entropy of predicted classes for each example, ``(batch,)``.
+def confidence(prediction: Tensor, classes: int = 1) -> Tensor:
+    """Return the negative entropy of predicted classes for each row, ``(rows,)``.
 
     Args:
-        prediction: Logits ``(batch, classes, ...)``; other dimensions are averaged.
+        prediction: Logits ``(rows, ...)``; dimensions other than rows and classes are averaged.
+        classes: Dimension of the classes.
 
     Raises:
         ShapeError: There are no two classes.
     """
-    if prediction.ndim < 2 or prediction.shape[1] < 2:
+    if prediction.ndim < 2 or prediction.shape[classes] < 2:
         raise ShapeError(
-            f"the confidence penalty needs logits (batch, classes, ...) of two classes or more, "
+            f"the confidence penalty needs logits of two classes or more, (batch, classes, ...), "
             f"but the prediction has the shape {tuple(prediction.shape)}."
         )
-    entropy = -(prediction.softmax(1) * prediction.log_softmax(1)).sum(1)
+    entropy = -(prediction.softmax(classes) * prediction.log_softmax(classes)).sum(classes)
     return -entropy.reshape(len(entropy), -1).mean(1)
 
 

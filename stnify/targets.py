@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stnify.augment import mixed_targets
 from stnify.errors import ShapeError
-from stnify.rows import trailing
+from stnify.rows import RowLayout, expand_rows, trailing
 
 Criterion = Callable[..., Tensor]
 
@@ -26,6 +26,24 @@ class Mixing(NamedTuple):
 
     partner: Tensor
     share: Tensor
+
+    def of_rows(self, rows: int) -> "Mixing":
+        """Return the partner and share of each target, where those of an example follow each other.
+
+        Raises:
+            ShapeError: ``rows`` is no multiple of the batch.
+        """
+        batch = len(self.partner)
+        if rows % batch:
+            raise ShapeError(
+                f"there must be a target for each of the {batch} examples that were mixed, or "
+                f"several, but there are {rows}. Give `stn.criterion` the prediction the model "
+                f"returned for them."
+            )
+        each = rows // batch
+        own = torch.arange(each, device=self.partner.device)
+        partner = (self.partner[:, None] * each + own).flatten()
+        return Mixing(partner, self.share.repeat_interleave(each))
 
 
 REAL_TARGETS: tuple[Any, ...] = (
@@ -51,10 +69,64 @@ REAL_TARGETS: tuple[Any, ...] = (
 """Criteria whose targets are no classes of which one is right."""
 
 
+INDICES: tuple[Any, ...] = (nn.MultiMarginLoss, nn.NLLLoss, F.multi_margin_loss, F.nll_loss)
+"""Criteria whose targets must be class indices, which can be neither smoothed nor mixed."""
+
+CLASSES_SECOND: tuple[Any, ...] = (nn.CrossEntropyLoss, F.cross_entropy, *INDICES)
+"""Criteria that count classes in the second dimension of predictions."""
+
+
+def _among(criterion: Criterion, known: tuple[Any, ...]) -> bool:
+    function = criterion.func if isinstance(criterion, partial) else criterion
+    return function in known or type(function) in known
+
+
 def has_classes(criterion: Criterion) -> bool:
     """Whether a criterion may have targets that are classes, as far as is known."""
-    function = criterion.func if isinstance(criterion, partial) else criterion
-    return function not in REAL_TARGETS and type(function) not in REAL_TARGETS
+    return not _among(criterion, REAL_TARGETS)
+
+
+def takes_indices_alone(criterion: Criterion) -> bool:
+    """Whether a criterion refuses probabilities for targets."""
+    return _among(criterion, INDICES)
+
+
+def class_dimension(criterion: Criterion, prediction: Tensor, target: Any) -> int:
+    """Return the dimension of a prediction that counts classes, as the criterion counts them.
+
+    It is the second of a matrix and for PyTorch's criteria. Else it is the second or the last, by
+    what class indices lack of the prediction's dimensions.
+
+    Raises:
+        ShapeError: It cannot be told.
+    """
+    shape, last = tuple(prediction.shape), prediction.ndim - 1
+    if last < 2 or _among(criterion, CLASSES_SECOND):
+        return 1
+    indices = isinstance(target, Tensor) and not target.is_floating_point()
+    given = tuple(target.shape) if indices else None
+    found = [dim for dim in (1, last) if given == (*shape[:dim], *shape[dim + 1 :])]
+    if len(found) != 1:
+        raise ShapeError(
+            f"it must be known which dimension of predictions {shape} counts classes, but neither "
+            f"the criterion {criterion!r} nor the targets tell. Pass nn.CrossEntropyLoss(), for "
+            f"which it is the second, or a prediction (rows, classes)."
+        )
+    return found[0]
+
+
+def of_rows(value: Tensor, rows: int) -> Tensor:
+    """Give each row of a prediction the value of its example.
+
+    Args:
+        value: ``()``, or ``(batch,)``.
+        rows: Those of an example follow each other; if they are no multiple of the batch, they
+            belong to no single example.
+
+    Returns:
+        ``()``, ``(rows,)``, or the mean, ``(1,)``.
+    """
+    return expand_rows(value[:, None], rows, RowLayout.BATCH)[:, 0] if value.ndim else value
 
 
 def at_targets(
@@ -71,51 +143,72 @@ def at_targets(
 
     Args:
         criterion: ``(prediction, target) -> scalar``.
-        prediction: Logits ``(batch, classes, ...)``; anything if targets are only mixed.
-        target: Class indices ``(batch, ...)``, or real numbers.
+        prediction: Logits ``(rows, classes, ...)``; anything if targets are only mixed.
+        target: Class indices ``(rows, ...)``, or real numbers.
         smoothing: Share spread over all classes, ``()`` or ``(batch,)``.
-        mixing: Partners and shares.
+        mixing: Partners and shares of the batch, of which each example has one row or more.
 
     Raises:
         ShapeError: Targets are to be smoothed, but are no classes.
     """
+    if smoothing is not None:
+        smoothing = of_rows(smoothing, len(prediction))
+    if mixing is not None:
+        mixing = mixing.of_rows(len(target))
     known = CrossEntropy.of(criterion)
     if known is not None and not target.is_floating_point():
         return known(prediction, target, smoothing, mixing)
+    at = 1 if smoothing is None else class_dimension(criterion, prediction, target)
     if mixing is not None:
         classes = prediction.shape[1] if prediction.ndim > 1 else 1
+        _refuse_ignored(target, classes)
         target = mixed_targets(target, mixing.partner, mixing.share, classes)
     if smoothing is not None:
-        target = smoothed(target, prediction, smoothing)
+        target = smoothed(target, prediction, smoothing, at)
     return criterion(prediction, target)
 
 
-def smoothed(target: Tensor, prediction: Tensor, value: Tensor) -> Tensor:
+def _refuse_ignored(target: Tensor, classes: int) -> None:
+    """Raise ShapeError if a class index is that of no class."""
+    if target.is_floating_point() or not target.numel():
+        return
+    low, high = target.min(), target.max()
+    if low < 0 or high >= classes:
+        raise ShapeError(
+            f"targets that become probabilities must be class indices from 0 to {classes - 1}, "
+            f"but some are {int(low if low < 0 else high)}. If that means a target is ignored, "
+            f"pass nn.CrossEntropyLoss(ignore_index=...), whose settings are known."
+        )
+
+
+def smoothed(target: Tensor, prediction: Tensor, value: Tensor, at: int = 1) -> Tensor:
     """Spread a share of each target evenly over all classes.
 
     Args:
-        target: Class indices ``(batch, ...)``, or probabilities ``(batch, classes, ...)``.
-        prediction: Logits ``(batch, classes, ...)``.
-        value: The share, ``()`` or ``(batch,)``.
+        target: Class indices ``(rows, ...)``, or probabilities of the prediction's shape.
+        prediction: Logits ``(rows, classes, ...)``.
+        value: The share, ``()`` or ``(rows,)``.
+        at: Dimension of the classes.
 
     Raises:
         ShapeError: There are no classes to spread over.
     """
-    if prediction.ndim < 2 or prediction.shape[1] < 2:
+    if prediction.ndim < 2 or prediction.shape[at] < 2:
         raise ShapeError(
             f"label smoothing needs logits (batch, classes, ...) of two classes or more, but the "
             f"prediction has the shape {tuple(prediction.shape)}. Leave LabelSmoothing out."
         )
-    classes = prediction.shape[1]
+    classes = prediction.shape[at]
     if not target.is_floating_point():
-        target = F.one_hot(target, classes).movedim(-1, 1).to(prediction.dtype)
+        _refuse_ignored(target, classes)
+        target = F.one_hot(target.long(), classes).movedim(-1, at).to(prediction.dtype)
     if target.shape != prediction.shape:
         raise ShapeError(
             f"label smoothing needs class indices, or a probability for each logit, but got "
             f"targets {tuple(target.shape)} for predictions {tuple(prediction.shape)}."
         )
     share = trailing(value, target.ndim) if value.ndim else value
-    return (1 - share) * target + share * target.sum(1, keepdim=True) / classes
+    return (1 - share) * target + share * target.sum(at, keepdim=True) / classes
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,9 @@ class LabelSmoothing(LossTerm):
 
     ``stn.criterion`` computes PyTorch's cross-entropy as its ``label_smoothing`` means it, with
     class weights and ``ignore_index``. Any other criterion receives smoothed probabilities, which
-    it must accept. Source: Szegedy et al., CVPR 2016.
+    it must accept; classes are in the second dimension of predictions, or in the last if the
+    targets' shape says so. Several rows of a prediction for each example must follow each other.
+    Source: Szegedy et al., CVPR 2016.
     """
 
     name: str = "label_smoothing"
@@ -80,6 +82,10 @@ class _Coefficient(LossTerm):
 @dataclass(frozen=True)
 class ConfidencePenalty(_Coefficient):
     """Tune the weight of the predictions' negative entropy; predictions are logits.
+
+    Classes are in the second dimension, as for PyTorch's cross-entropy; for another criterion in
+    the last if the targets' shape says so, and what cannot be told is refused. Several rows of a
+    prediction for each example must follow each other.
 
     Source: Pereyra et al., ICLR 2017 workshop.
     """
