@@ -69,12 +69,23 @@ def confidence(prediction: Tensor, classes: int = 1) -> Tensor:
 
 
 def temporal_change(activations: Tensor, time: int) -> Tensor:
-    """Return the change of activations from step to step.
+    """Return the change of activations from step to step; nought where there is one step.
 
     Args:
         activations: ``(rows, ...)``.
         time: Dimension of the steps.
+
+    Raises:
+        ShapeError: There is no such dimension.
     """
+    if not -activations.ndim <= time < activations.ndim:
+        raise ShapeError(
+            f"the change from step to step needs a dimension of steps, but there is no dimension "
+            f"{time} in activations of shape {tuple(activations.shape)}. Choose another `time`, or "
+            f"another place by `after`."
+        )
+    if activations.shape[time] < 2:
+        return torch.zeros_like(activations)
     return activations.diff(dim=time)
 
 

@@ -24,6 +24,7 @@ from stnify.declare import (
     JacobianPenalty,
     L1Penalty,
     LabelSmoothing,
+    LockedDropout,
     TemporalActivationPenalty,
     WeightDecay,
 )
@@ -397,6 +398,40 @@ def test_each_example_has_its_own_coefficient_wherever_its_activations_are(
     torch.testing.assert_close(found, expected.detach(), **TOLERANCE)
     shuffled = sum(i * square for i, square in enumerate(squares[::-1], 1)) / BATCH
     assert not torch.allclose(found, shuffled.detach())
+
+
+def test_a_sequence_of_one_step_has_no_change():
+    stn = converted(TERMS["temporal activation"].declaration)
+    inputs, target = batch()
+    prediction = stn.model(inputs[:, :1])
+    assert torch.equal(stn.criterion(prediction, target), F.cross_entropy(prediction, target))
+    prediction = stn.model(inputs[:, :2])
+    assert stn.criterion(prediction, target) > F.cross_entropy(prediction, target)
+    assert stn.step((inputs[:, :1], target)) > 0
+    assert stn.counters.skipped_responses == 0
+
+
+@pytest.mark.parametrize("time", [3, 9, -4])
+def test_steps_in_a_dimension_that_is_not_there_are_refused(time):
+    stn = converted(TemporalActivationPenalty(after="act", time=time))
+    prediction = stn.model(batch()[0])
+    with pytest.raises(ShapeError, match=rf"no dimension {time} in activations .*Choose another"):
+        stn.criterion(prediction, batch()[1])
+
+
+def test_steps_may_be_counted_from_the_last_dimension():
+    losses = []
+    for time in (1, -2):
+        stn = converted(TemporalActivationPenalty(after="act", init=0.5, time=time))
+        losses.append(stn.criterion(stn.model(batch()[0]), batch()[1]))
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("time", [-1, -2, 1.0])
+def test_a_lock_counts_dimensions_from_the_first(time):
+    with pytest.raises(DeclarationError, match="must count dimensions from the first, 0, but got"):
+        LockedDropout(after="act", time=time)
+    assert LockedDropout(after="act", time=0).settings() == {"time": 0}
 
 
 def test_steps_that_are_examples_are_refused():

@@ -96,13 +96,21 @@ class LockedDropout(_Rate):
     """Tune variational dropout: one mask for all steps of a sequence.
 
     Attributes:
-        time: Dimension of the steps.
+        time: Dimension of the steps, counted from the first.
 
     Source: [STN] D, [DeltaSTN] H.3.
     """
 
     name: str = "locked_dropout"
     time: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.time, int) or self.time < 0:
+            raise DeclarationError(
+                f"`time` of {self.name!r} must count dimensions from the first, 0, but got "
+                f"{self.time!r}."
+            )
 
     def settings(self) -> Mapping[str, Any]:
         """Return the dimension of the steps."""
