@@ -64,7 +64,8 @@ def assert_identity(
     """Assert that without a response the converted model is the original, bit for bit.
 
     In eval mode, by ``torch.equal``: the graph without a response input, and with one of zeros.
-    Then again after every weight and buffer of the original has moved, which the graph must follow.
+    Then again after every weight and buffer of the original has moved, which the graph must follow;
+    and in train mode, under the same random numbers, unless noise is tuned or the original fails.
     ``nn.TransformerEncoder`` writes zeros in place of padding where it takes PyTorch's fast path,
     which a perturbed pass cannot take: a response input of zeros is compared with that path off.
 
@@ -88,18 +89,45 @@ def check_identity(subject: Subject, tolerance: float | None = None) -> None:
                 _move(subject.model._stnify.original)
             _check_plain(subject, when)
             _check_zero(subject, when, _tolerance(subject) if tolerance is None else tolerance)
+    subject = subject.several()
+    with subject.mode(training=True), torch.no_grad():
+        _check_general(subject)
 
 
 def _check_plain(subject: Subject, when: str) -> None:
     difference = _difference(subject.original(), subject.plain())
     if difference:
-        original = subject.model._stnify.original
-        passes = ((original, subject.original), (subject.model, subject.plain))
-        trails = [record_functions(*each) for each in passes]
-        raise AssertionError(
-            f"in eval mode{when} the graph must compute exactly what {subject.name} computes, but "
-            f"{difference}. {first_missing(*trails)}"
-        )
+        _refuse_difference(subject, f"in eval mode{when}", subject.plain, difference)
+
+
+def _check_general(subject: Subject) -> None:
+    """Compare train mode with the original's own; noise that no seed repeats is left out."""
+    if subject.tunes_noise:
+        return
+    twin = subject.twin()
+    try:
+        expected = subject.call(twin)
+    except Exception:  # such inputs are not meant for training
+        return
+    found = subject.general()
+    difference = _difference(expected, found)
+    if difference and _difference(expected, subject.call(twin)):
+        repeated = not _difference(found, subject.general())
+        difference = "it repeats what the original draws anew" if repeated else ""
+    if difference:
+        _refuse_difference(subject, "in train mode", subject.general, difference)
+
+
+def _refuse_difference(
+    subject: Subject, when: str, run: Callable[[], Any], difference: str
+) -> None:
+    """Raise AssertionError, and name the first function whose value the graph lacks."""
+    passes = ((subject.model._stnify.original, subject.original), (subject.model, run))
+    trails = [record_functions(*each) for each in passes]
+    raise AssertionError(
+        f"{when} the graph must compute exactly what {subject.name} computes, but {difference}. "
+        f"{first_missing(*trails)}"
+    )
 
 
 def _check_zero(subject: Subject, when: str, tolerance: float) -> None:
@@ -218,9 +246,9 @@ def assert_export_exact(
 def _check_step(subject: Subject, criterion: Criterion) -> None:
     """Take a general step, and compare it with the original's own."""
     subject.model.train()
-    twin = copied(subject.model._stnify.original)
+    twin = subject.twin()
     _descend(subject.model._stnify.original, criterion(subject.call(subject.model)))
-    if subject.model._stnify.noises or subject.model._stnify.training_pass is not None:
+    if subject.tunes_noise:
         return
     _descend(twin, criterion(subject.call(twin)))
     found = dict(_state(subject.model._stnify.original))

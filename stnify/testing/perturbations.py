@@ -1,11 +1,13 @@
 """Assertions about perturbed and linearised passes: whose row, which derivative."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from stnify.testing.differences import Judge, Step, first_difference, record
 from stnify.testing.subject import Hparams, Model, Subject, prepared, tensors
@@ -23,9 +25,10 @@ def assert_rows_independent(
 ) -> None:
     """Assert that each example's prediction depends on its own perturbation only.
 
-    One example's perturbation is changed at a time, in eval mode, in the perturbed and in the
-    linearised pass; nothing may change in the others' predictions. Of a large batch every few
-    examples are changed, eight in all.
+    One example's perturbation is changed at a time, in the perturbed and in the linearised pass;
+    nothing may change in the others' predictions. In eval mode all examples are changed, of a large
+    batch every few, eight in all; in train mode the first one, with every BatchNorm in eval mode,
+    unless the original's own predictions of the others change with the input of the first.
 
     Args:
         model: Any module, or an STN.
@@ -50,10 +53,43 @@ def check_rows(subject: Subject, allow_shared: bool = True) -> None:
             )
         subject.close(shared)
         for forward in (subject.perturbed, subject.linearized):
-            _check_rows(subject, forward)
+            rows = range(0, subject.batch, max(1, subject.batch // 8))[:8]
+            _check_rows(subject, forward, "eval", rows)
+    with subject.mode(training=True), torch.no_grad():
+        for module in subject.model._stnify.original.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        if not _mixes(subject):
+            for forward in (subject.perturbed, subject.linearized):
+                _check_rows(subject, forward, "train", [0])
 
 
-def _check_rows(subject: Subject, forward: Callable[[Tensor], Any]) -> None:
+def _mixes(subject: Subject) -> bool:
+    """Whether the original predicts other examples differently if the first is like the last.
+
+    Also if it cannot be told: it fails, or predicts nothing by example.
+    """
+    batch = subject.batch
+
+    def changed(tensor: Tensor) -> Tensor:
+        batched = tensor.ndim > 0 and len(tensor) == batch
+        return torch.cat([tensor[-1:], tensor[1:]]) if batched else tensor
+
+    twin = subject.twin()
+    other = replace(subject, inputs=tree_map_only(Tensor, changed, subject.inputs))
+    try:
+        before, after = (tensors(each.call(twin)) for each in (subject, other))
+    except Exception:  # such inputs are not meant for training
+        return True
+    if [value.shape for value in before] != [value.shape for value in after]:
+        return True
+    apart = any(_by_example(value, batch) for value in before)
+    return not apart or any(_leak(a, b, 0, batch) for a, b in zip(before, after, strict=True))
+
+
+def _check_rows(
+    subject: Subject, forward: Callable[[Tensor], Any], mode: str, rows: Sequence[int]
+) -> None:
     """Change one perturbation at a time, and compare with the pass in which none is changed."""
     batch, given, other = subject.batch, subject.draw(0), subject.draw(1)
     before = tensors(forward(given))
@@ -62,7 +98,7 @@ def _check_rows(subject: Subject, forward: Callable[[Tensor], Any]) -> None:
             f"a prediction of {subject.name} must have a dimension that counts the {batch} "
             f"examples, but its shapes are {[tuple(value.shape) for value in before]}."
         )
-    for row in range(0, batch, max(1, batch // 8))[:8]:
+    for row in rows:
         changed = given.clone()
         changed[row] = other[row]
         after = tensors(forward(changed))
@@ -70,8 +106,9 @@ def _check_rows(subject: Subject, forward: Callable[[Tensor], Any]) -> None:
         if leak:
             trails = [record(subject, partial(forward, each)) for each in (given, changed)]
             raise AssertionError(
-                f"in the {forward.__name__} pass of {subject.name} the perturbation of example "
-                f"{row} must change row {row} only, but other rows change by {leak:.3g}. "
+                f"in the {forward.__name__} pass of {subject.name}, in {mode} mode, the "
+                f"perturbation of example {row} must change row {row} only, but other rows change "
+                f"by {leak:.3g}. "
                 f"{first_difference(trails, _leaking(row, batch))}"
             )
 

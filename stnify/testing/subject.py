@@ -128,6 +128,10 @@ class Subject:
         """Run the graph as it is, without noise or response."""
         return self.call(self.model._stnify.graph)
 
+    def general(self) -> Any:
+        """Predict as the converted model does."""
+        return self.call(self.model)
+
     def zero(self) -> Any:
         """Run the graph with a response input of zeros."""
         return self.call(self.model._stnify.graph, **pass_inputs(0 * self.draw()))
@@ -159,6 +163,17 @@ class Subject:
             return torch.randn(
                 self.batch, len(space.columns), dtype=space.raw_scale.dtype, device=self.device()
             )
+
+    def twin(self) -> nn.Module:
+        """Return a copy of the user's model, in the mode it is in and with all it keeps."""
+        return copied(self.model._stnify.original)
+
+    @property
+    def tunes_noise(self) -> bool:
+        """Whether what is tuned, or the method, changes what train mode computes."""
+        tunables = self.model._stnify
+        noisy = tunables.noises or tunables.weight_noises or tunables.augment is not None
+        return bool(noisy) or tunables.training_pass is not None
 
     @contextmanager
     def mode(self, training: bool) -> Iterator[None]:
