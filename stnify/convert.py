@@ -16,7 +16,7 @@ from stnify.checks import refuse_arguments, refuse_distributed, refuse_empty, re
 from stnify.compiled import CompiledForward
 from stnify.declare import Hyperparameters, Pattern, declarations
 from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, nearest
-from stnify.inventory import doubled, inventory
+from stnify.inventory import doubled, inventory, repeated
 from stnify.linearize import Forward, linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
 from stnify.methods import METHODS, Cadence, Method
@@ -145,7 +145,8 @@ def stnify(
         UsageError: An argument is missing or does not fit the others.
 
     Warns:
-        UserWarning: The train loader or the criterion does what is tuned as well.
+        UserWarning: The train loader, the criterion or fixed noise in the same place does what is
+            tuned as well.
 
     Example:
         ``stn = stnify(model, [Dropout(after="layer*.*"), WeightDecay()], optimizer=optimizer,
@@ -225,7 +226,7 @@ def stnify(
         )
         _replace_decay(optimizer, decayed)
     regularizers = inventory(model, plan, optimizer, criterion, train_loader)
-    for message in doubled(regularizers):
+    for message in [*doubled(regularizers), *repeated(regularizers, plan)]:
         warnings.warn(message, stacklevel=2)
     return STN(tunable, plan, tuner, wrapped, train_loader, regularizers)
 

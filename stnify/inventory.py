@@ -214,6 +214,23 @@ def doubled(found: Sequence[Regularizer]) -> list[str]:
     ]
 
 
+def repeated(found: Sequence[Regularizer], plan: Plan) -> list[str]:
+    """Return a message for each hyperparameter on residual branches that have fixed noise too."""
+    fixed = {(r.kind, place) for r in found if r.status == "fixed" for place in r.where}
+    targets = {node.name: str(node.target) for node in plan.traced.graph.nodes}
+    places: dict[str, list[str]] = {}
+    for site in plan.noises:
+        place = targets.get(site.node, "")
+        if site.place == "operand" and (site.kind, place) in fixed:
+            places.setdefault(site.column, []).append(place)
+    return [
+        f"a regulariser should act once in a place, but {name!r} is put behind {_brief(where)}, "
+        f"fixed noise of its kind: both act, and no tuned value undoes the fixed one. Let it take "
+        f"over what the model has by leaving `at` out, or set the rates there to 0."
+        for name, where in places.items()
+    ]
+
+
 def table(found: Sequence[Regularizer]) -> str:
     """Return what there is as a table, and what is absent in one line below.
 

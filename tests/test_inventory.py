@@ -27,6 +27,7 @@ from stnify import (
     Brightness,
     DropConnect,
     Dropout,
+    DropPath,
     GaussianNoise,
     HorizontalFlip,
     Hyperparameter,
@@ -42,7 +43,7 @@ from stnify import (
     declare,
     stnify,
 )
-from stnify.inventory import Regularizer, doubled, inventory, table
+from stnify.inventory import Regularizer, doubled, inventory, repeated, table
 
 KIND_NAMES = {
     name
@@ -542,6 +543,27 @@ def test_a_model_may_have_a_kind_tuned_here_and_fixed_there():
     optimizer = torch.optim.AdamW([model[0].bias], weight_decay=0.1)
     declared = [Dropout(exclude="2"), WeightDecay()]
     assert doubled(inventory(model, plan_of(model, declared), optimizer)) == []
+
+
+def vit(rate):
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        depth=2,
+        embed_dim=16,
+        num_heads=2,
+        num_classes=4,
+        drop_path_rate=rate,
+    )
+
+
+def test_a_branch_with_a_drop_path_of_its_own_is_warned_of():
+    message = "'drop_path' is put behind blocks.1.drop_path1 and 1 more, fixed noise of its kind"
+    with pytest.warns(UserWarning, match=message):
+        stnify(vit(0.2), [DropPath(at="residual")])
+    for rate, declared in ((0.2, DropPath()), (0.0, DropPath(at="residual"))):
+        plan = plan_of(vit(rate), [declared])  # a warning would be an error
+        assert repeated(inventory(vit(rate), plan), plan) == []
 
 
 def test_the_optimizers_decay_is_there_for_what_is_not_tuned():
