@@ -8,8 +8,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -22,6 +24,7 @@ from stnify.composites import (
     embedding_bag,
     multi_head_attention,
 )
+from stnify.errors import UnsupportedModuleError
 from stnify.layers import (
     OPERATOR_ARGUMENTS,
     HyperConv,
@@ -48,12 +51,14 @@ class KnownWeight(NamedTuple):
         bias: The bias that responds with it, if the call receives that too.
         layer: What such a call goes to.
         transposed: Whether ``weight`` is the transpose of what the layer holds a response of.
+        name: Of the weight in the module whose code is watched.
     """
 
     weight: Tensor
     bias: Tensor | None
     layer: HyperLayer
     transposed: bool = False
+    name: str = ""
 
 
 class WeightCalls(TorchFunctionMode):
@@ -101,7 +106,18 @@ class WeightCalls(TorchFunctionMode):
         rule = WEIGHT_CALLS.get(func)
         if rule is None or not any(self.knows(value) for value in _flat((args, kwargs))):
             return func(*args, **kwargs)
+        if self.response_input is not None and _hidden(args):
+            self.refuse_hidden(args)
         return rule(self, func, args, kwargs)
+
+    def refuse_hidden(self, args: tuple[Any, ...]) -> None:
+        """Raise UnsupportedModuleError for a call in which examples cannot be told apart."""
+        names = [k.name for k in self.known if any(v is k.weight for v in _flat(args))]
+        raise UnsupportedModuleError(
+            f"a weight that responds must meet all examples at once, but torch.vmap hides "
+            f"dimensions of what {(names or ['it'])[0]!r} meets. Call the layer without "
+            f"torch.vmap, or name it in `exclude=`."
+        )
 
     def knows(self, value: object) -> bool:
         """Whether a value is one of the weights."""
@@ -292,6 +308,13 @@ WEIGHT_CALLS: dict[Callable[..., Any], Rule] = {
     **dict.fromkeys(MULTIPLICATIONS, _multiplication),
 }
 """Operator to what is done when one of its arguments is a weight that responds."""
+
+
+def _hidden(args: tuple[Any, ...]) -> bool:
+    """Whether ``torch.vmap`` hides a dimension of an argument."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(isinstance(value, Tensor) and is_batchedtensor(value) for value in _flat(args))
 
 
 def _describes(function: Callable[..., Any]) -> bool:

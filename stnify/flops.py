@@ -53,8 +53,14 @@ def count_flops(
         return _count(model, inputs, named, linearized)
     except UnsupportedModuleError:
         raise
-    except Exception:  # inputs that index into others cannot be cut, and some sizes are refused
+    except Exception as error:  # inputs that index into others cannot be cut, some are refused
+        if COUNTER_LIMIT in str(error):
+            return {}
         return _count(model, args, dict(kwargs), linearized)
+
+
+COUNTER_LIMIT = "_will_engine_execute_node"
+"""What PyTorch's counter complains of where a forward differentiates."""
 
 
 def _count(

@@ -253,6 +253,20 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:
     return left * right.sigmoid()
 
 
+DIFFERENTIATES = "differentiates dual numbers"
+"""What the error says that ends a derivative in which a response would be lost."""
+
+
+def _refuse_derivative(outputs: Tensor | Sequence[Tensor], *_: Any, **__: Any) -> None:
+    """Raise NotImplementedError if dual numbers would be differentiated.
+
+    Hyper layers write the tangent themselves, where reverse mode does not see it.
+    """
+    several = [outputs] if isinstance(outputs, Tensor) else outputs
+    if any(forward_ad.unpack_dual(output).tangent is not None for output in several):
+        raise NotImplementedError(DIFFERENTIATES)
+
+
 FORWARD_MODE_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     # Forward mode compiles only when these are written out; and the response pass must not
     # update running statistics.
@@ -287,4 +301,6 @@ class ForwardModeRules(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call the decomposition of ``func`` if there is one."""
+        if func is torch.autograd.grad:
+            _refuse_derivative(*args, **(kwargs or {}))
         return FORWARD_MODE_RULES.get(func, func)(*args, **(kwargs or {}))

@@ -8,8 +8,8 @@ double backward of the official ``utils/linearize_utils.py``, which fails with B
 
 import re
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stnify.errors import UnsupportedModuleError
-from stnify.forward_mode import ForwardModeRules
-from stnify.nested import map_tensors
+from stnify.forward_mode import DIFFERENTIATES, ForwardModeRules
+from stnify.nested import leaves, map_tensors
 from stnify.perturb import Perturbation
 from stnify.regularizers import weight_factors
 from stnify.tunable import PREFIX, Tunables, pass_inputs
@@ -50,32 +50,80 @@ def linearized_forward(
         What the model returns, every tensor replaced by primal plus tangent.
 
     Raises:
-        UnsupportedModuleError: An operator has no forward-mode derivative.
+        UnsupportedModuleError: An operator has no forward-mode derivative, or no layer can respond
+            in the way it is called.
     """
     with ForwardModeRules(), forward_ad.dual_level():
         try:
             outputs = _constant_call(graph, args, kwargs, perturbation, linearized=True)
-        except NotImplementedError as error:
-            _refuse_operator(graph, error)
+        except RuntimeError as error:
+            _refuse_limits(graph, error)
             raise
         for recorder in _tunables(graph).recorders:
             recorder.records = [_primal_plus_tangent(record) for record in recorder.records]
-        return map_tensors(_primal_plus_tangent, outputs)
+        outputs = map_tensors(_primal_plus_tangent, outputs)
+    _refuse_unmet(graph, args, kwargs, perturbation, outputs)
+    return outputs
 
 
-def _refuse_operator(graph: nn.Module, error: NotImplementedError) -> None:
-    """Raise UnsupportedModuleError if ``error`` says that forward mode lacks an operator."""
-    found = re.search(r"forward AD with (\S+) that does not support", str(error))
-    if found is None:
-        return
-    names = {module: name for name, module in graph.named_modules() if name}
+INSTEAD = 'or use method="centered", which needs no derivative of this kind.'
+LIMITS = {
+    r"forward AD with (\S+) that does not support": (
+        "every operator must have a forward-mode derivative, but {0!r} has none. It is called in "
+        f"{{place}}. Write it in other operators, {INSTEAD}"
+    ),
+    r"implement the jvp function for custom autograd": (
+        "every autograd.Function must have a forward-mode derivative, but {function!r} has none. "
+        f"It is called in {{place}}. Give it a static method `jvp`, {INSTEAD}"
+    ),
+    DIFFERENTIATES: (
+        "a forward must not differentiate what responds, because forward mode would lose the "
+        f"response in it, but {{place}} calls torch.autograd.grad. Write the derivative out, "
+        f"{INSTEAD}"
+    ),
+    r"(?i)batching rule not implemented for aten::_\w+_dual": (
+        "code that forward mode goes through must not be under torch.vmap, but is in {place}. "
+        f"Write it without, {INSTEAD}"
+    ),
+}
+"""What an error of a perturbed pass says, to the refusal it is turned into."""
+
+
+def _refuse_limits(graph: nn.Module, error: Exception) -> None:
+    """Raise UnsupportedModuleError if ``error`` says what perturbed passes cannot take."""
+    for pattern, refusal in LIMITS.items():
+        found = re.search(pattern, str(error))
+        if found is not None:
+            place, function = _place(graph, error), _function(error)
+            message = refusal.format(*found.groups(), place=place, function=function)
+            raise UnsupportedModuleError(message) from error
+
+
+def _place(graph: nn.Module, error: Exception) -> str:
+    """Return the innermost of the user's modules in which an error arose, in words."""
+    names = {module: _users_name(name) for name, module in graph.named_modules()}
     callers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    inside = [names[c] for c in callers if isinstance(c, nn.Module) and c in names]
-    raise UnsupportedModuleError(
-        f"every operator must have a forward-mode derivative, but {found[1]!r} has none. It is "
-        f"called in {inside[-1] if inside else 'the forward of the model'!r}. Write it in other "
-        f'operators, or use method="centered", which needs no derivative of this kind.'
-    ) from error
+    inside = [names[c] for c in callers if isinstance(c, nn.Module) and names.get(c)]
+    return repr(inside[-1]) if inside else "the forward of the model"
+
+
+def _users_name(name: str) -> str:
+    """Return the name of the user's module that a module of a graph stands for; empty for none."""
+    if not name.startswith(f"{PREFIX}."):
+        return name
+    _, kind, key = (*name.split(".", 2), "")[:3]
+    if kind not in {"layers", "swapped"}:
+        return ""
+    stem = key.partition(".")[0].partition(":")[0]
+    return "" if stem == "root" else stem.replace("/", ".")
+
+
+def _function(error: Exception) -> str:
+    """Return the name of the ``autograd.Function`` whose derivative was asked for."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    asked = [frame.f_locals["self"] for frame in frames if frame.f_code.co_name == "apply_jvp"]
+    kinds = [getattr(one, "_forward_cls", type(one)) for one in asked]
+    return kinds[-1].__name__ if kinds else "autograd.Function"
 
 
 def perturbed_forward(
@@ -89,7 +137,53 @@ def perturbed_forward(
     Differentiable in the response parameters and the response input; general parameters are
     constants and buffers are not updated.
     """
-    return _constant_call(graph, args, kwargs, perturbation, linearized=False)
+    try:
+        outputs = _constant_call(graph, args, kwargs, perturbation, linearized=False)
+    except RuntimeError as error:
+        _refuse_limits(graph, error)
+        raise
+    _refuse_unmet(graph, args, kwargs, perturbation, outputs)
+    return outputs
+
+
+def _refuse_unmet(
+    graph: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    perturbation: Perturbation,
+    outputs: Any,
+) -> None:
+    """Raise UnsupportedModuleError if ``outputs`` have no response because no layer is called."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    tensors = [leaf for leaf in leaves(outputs) if isinstance(leaf, Tensor)]
+    numbers = [tensor for tensor in tensors if tensor.is_floating_point()]
+    layers = _tunables(graph).hyper_layers
+    frozen = not any(p.requires_grad for layer in layers.values() for p in layer.parameters())
+    if frozen or not numbers or any(tensor.requires_grad for tensor in numbers):
+        return
+    met: list[nn.Module] = []
+    with torch.no_grad(), _noticed(layers.values(), met):
+        _constant_call(graph, args, kwargs, perturbation, linearized=False)
+    if not met:
+        names = ", ".join(sorted({repr(name.partition(":")[0]) for name in layers}))
+        raise UnsupportedModuleError(
+            f"a layer that responds must meet activations with its own weight, but none of {names} "
+            f"does: where code that cannot be traced replaces a weight, or computes another one "
+            f"from it, there is no response. Write that code so that it can be traced, or exclude "
+            f"the layer."
+        )
+
+
+@contextmanager
+def _noticed(layers: Iterable[nn.Module], met: list[nn.Module]) -> Iterator[None]:
+    """Add to ``met`` every layer that is called in the body."""
+    handles = [layer.register_forward_pre_hook(lambda one, _: met.append(one)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _constant_call(

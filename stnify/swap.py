@@ -208,6 +208,7 @@ def _known(run: _Run) -> list[KnownWeight]:
             _attribute(run.original, use.weight),
             None if use.bias is None else _attribute(run.original, use.bias),
             use.layer,
+            name=use.weight,
         )
         for use in run.uses
     ]

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "targets": {"augment", "errors", "rows"},
     "composites": set(),
     "products": {"layers"},
-    "calls": {"composites", "layers", "products"},
+    "calls": {"composites", "errors", "layers", "products"},
     "swap": {"calls", "layers", "untouched"},
     "forward_mode": {"composites"},
     # Stages, in the order data flows through them.

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+import torch
 from torch import nn
 
 from stnify.declare import Declaration, Pattern, refuse_duplicates
@@ -20,7 +21,7 @@ from stnify.plan import (
 from stnify.planning.declared import found_for
 from stnify.planning.modules import WEIGHT_MODULES
 from stnify.planning.weights import count_responses, weight_sites
-from stnify.trace import Traced
+from stnify.trace import Traced, caller
 
 
 def make_plan(
@@ -52,6 +53,7 @@ def make_plan(
         DeclarationError: A pattern matches nothing, or two declarations claim one place.
         UnsupportedModuleError: No layer can respond.
     """
+    _refuse_derivatives(model, traced)
     weights, refusals = weight_sites(model, traced, exclude, affine) if responds else ([], [])
     if responds and not any(site.weight_responds or site.bias_responds for site in weights):
         kinds = sorted({*WEIGHT_MODULES.values()})
@@ -86,6 +88,20 @@ def make_plan(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         traced=traced,
     )
+
+
+def _refuse_derivatives(model: nn.Module, traced: Traced) -> None:
+    """Raise UnsupportedModuleError if the graph itself differentiates.
+
+    A graph does not hold the ``enable_grad`` that such code needs where gradients are off.
+    """
+    found = [node for node in traced.graph.nodes if node.target is torch.autograd.grad]
+    if found:
+        raise UnsupportedModuleError(
+            f"a forward that is traced must not differentiate, but "
+            f"{caller(found[0]) or type(model).__name__!r} calls torch.autograd.grad. Put that "
+            f'code into a submodule, name it in `leaves=`, and use method="centered".'
+        )
 
 
 def _refuse_shared_places(noises: Sequence[NoiseSite]) -> None:
