@@ -54,6 +54,11 @@ def test_a_model_with_an_optional_argument_converts_and_compiles(how):
     testing.assert_compiles(Masked(), GIVEN[how], backend="eager")
 
 
+@every_assertion
+def test_a_model_may_be_in_eval_mode(name):
+    ASSERTIONS[name](Masked().eval(), GIVEN["by name"])
+
+
 # Padding ------------------------------------------------------------------------------------------
 
 

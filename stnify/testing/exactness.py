@@ -419,7 +419,7 @@ def _check_resume(
         return criterion(model(*batch[0], **batch[1]))
 
     def convert() -> STN:
-        private = copied(model)
+        private = copied(model).train()
         parameters = [p for p in private.parameters() if p.requires_grad]
         return stnify(
             private,
