@@ -13,10 +13,15 @@ from torch import nn
 from torch.distributions import Normal
 
 from stnify import (
+    CutoutHoles,
+    CutoutLength,
     DeclarationError,
     Dropout,
+    DropPath,
     Hyperparameter,
     HyperparameterSpace,
+    L1Penalty,
+    RandAugment,
     WeightDecay,
     stnify,
 )
@@ -294,6 +299,46 @@ def test_every_kind_starts_inside_its_range(name):
     (declared,) = declarations({name: kind.default_init})
     assert type(declared) is kind
     assert declared.init == kind.default_init
+
+
+POINTLESS = {
+    "no hole": (lambda: CutoutHoles(range=(0, 0.4), init=0.2), "must reach beyond 0.5"),
+    "no side": (lambda: CutoutLength(range=(0, 0.5), init=0.2), "must reach beyond 0.5"),
+    "negative holes": (lambda: CutoutLength(holes=-1), "`holes` of .* whole number from 1 .* -1"),
+    "half a hole": (lambda: CutoutLength(holes=1.5), "`holes` of .* whole number from 1 .* 1.5"),
+    "negative side": (
+        lambda: CutoutHoles(length=-1),
+        "`length` of .* number from 1 on, but got -1",
+    ),
+    "no operation": (lambda: RandAugment(count=0), "`count` of .* whole number from 1 .* 0"),
+    "fewer": (lambda: RandAugment(count=-1), "`count` of .* whole number from 1 .* -1"),
+    "growth": (lambda: WeightDecay(range=(-1, 1)), "must not go below 0"),
+    "sparse growth": (lambda: L1Penalty(range=(-1, math.inf)), "must not go below 0"),
+    "depth by layer": (lambda: DropPath(by_depth=True, per_layer=True), "but got both"),
+}
+
+
+@pytest.mark.parametrize("case", POINTLESS)
+def test_declarations_without_a_point_are_refused(case):
+    declare, message = POINTLESS[case]
+    with pytest.raises(DeclarationError, match=message):
+        declare()
+
+
+def test_declarations_close_to_those_without_a_point_are_not():
+    assert CutoutHoles(range=(0, 0.6), init=0.55, length=1).settings()["most_holes"] == 1
+    assert CutoutLength(range=(0, 1), init=0.2, holes=1).settings() == {"CutoutHoles": 1}
+    assert RandAugment(count=1).settings() == {"count": 1}
+    assert WeightDecay(range=(-math.inf, math.inf), init=-1.0).init == -1.0
+    assert DropPath(by_depth=True).settings() == {"by_depth": True}
+
+
+@pytest.mark.parametrize("name", ["ema_momentum", "head_lr"])
+def test_a_name_that_sounds_like_the_optimization_can_be_changed(name):
+    last = name.rpartition("_")[2]
+    with pytest.raises(DeclarationError, match=f"`name=` that does not end in '{last}'"):
+        stnify(perceptron(), [Hyperparameter(name, 0.1, (0.0, 1.0))])
+    assert stnify(perceptron(), [Hyperparameter(f"{name}_in_loss", 0.1, (0.0, 1.0))])
 
 
 def test_declarations_do_not_change():

@@ -43,7 +43,7 @@ AUGMENTATIONS = (
 )
 """What can be tuned, in the order it is applied."""
 
-SETTINGS = (*CUTOUT, "most_holes", "fill", "area", "aspect", "operations", "count")
+SETTINGS = (*CUTOUT, "most_holes", "operations", "count")
 """What can be fixed: see `Augment`."""
 
 SLACK = 1e-3
@@ -67,9 +67,8 @@ class Augment(nn.Module):
         columns: Name from ``AUGMENTATIONS`` to the column of the hyperparameter.
         settings: What is not tuned: ``"CutoutHoles"`` (1 if it is missing) or ``"CutoutLength"`` if
             only the other is a hyperparameter; ``"most_holes"`` an image may get, which tuned holes
-            need; ``"fill"``, what cutout and erasing write; ``"area"`` and ``"aspect"`` of
-            `random_erasing`; ``"operations"`` and ``"count"`` of `rand_augment`. None stands for
-            what it is without the setting.
+            need; ``"operations"`` and ``"count"`` of `rand_augment`. None stands for what it is
+            without the setting.
         stats: Mean and standard deviation the inputs were normalised with; None if they are in
             [0, 1].
 
@@ -208,13 +207,11 @@ class Augment(nn.Module):
         return (images - self.mean.to(images)) / self.std.to(images)
 
     def _erased(self, images: Tensor, strengths: dict[str, Tensor]) -> Tensor:
-        fill = self.settings.get("fill", 0.0)
         if any(name in strengths for name in CUTOUT):
             holes, length = (self._cutout(name, images, strengths) for name in CUTOUT)
-            images = cutout(images, holes, length, self._most_holes, fill)
+            images = cutout(images, holes, length, self._most_holes)
         if "RandomErasing" in strengths:
-            chosen = {k: v for k, v in self.settings.items() if k in ("area", "aspect")}
-            images = random_erasing(images, strengths["RandomErasing"], fill=fill, **chosen)
+            images = random_erasing(images, strengths["RandomErasing"])
         return images
 
     def _cutout(self, name: str, images: Tensor, strengths: dict[str, Tensor]) -> Tensor:

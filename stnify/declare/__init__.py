@@ -207,12 +207,14 @@ def refuse_duplicates(names: Iterable[str]) -> None:
 def _refuse_outer(name: str) -> None:
     """Raise DeclarationError if a name is that of a number of the optimization."""
     plain = name.lower().replace("-", "_")
-    if any(plain == outer or plain.endswith(f"_{outer}") for outer in OUTER):
+    meant = [outer for outer in OUTER if plain == outer or plain.endswith(f"_{outer}")]
+    if meant:
         raise DeclarationError(
             f"a hyperparameter must change the training loss whose minimum the weights follow, but "
             f"{name!r} only changes how the minimum is reached: the best response to it is the "
             f"same for every value, so its gradient would be nought. Choose it in an outer loop "
-            f"(recipes/outer_loop.py has one by Optuna) or by a scheduler."
+            f"(recipes/outer_loop.py has one by Optuna) or by a scheduler. If it is a number of "
+            f"your loss, pass a `name=` that does not end in {max(meant, key=len)!r}."
         )
 
 

@@ -6,6 +6,7 @@ Ranges and starts are those of [DeltaSTN] H.2.3 where it has them; semantics are
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, final
 
 from stnify.declare.base import Augmentation, Declaration, Group
@@ -20,6 +21,25 @@ class _Strength(Augmentation):
     default_init: ClassVar[float] = 0.05
     widest: ClassVar[tuple[float, float]] = (0.0, math.inf)
     meaning: ClassVar[str] = "strength"
+
+
+def _refuse_none(name: str, setting: str, value: float, *, whole: bool) -> None:
+    """Raise DeclarationError unless a number of things, or of pixels, is one or more."""
+    counts = isinstance(value, int if whole else Real) and not isinstance(value, bool)
+    if not counts or not 1 <= value < math.inf:
+        raise DeclarationError(
+            f"`{setting}` of {name!r} must be a {'whole number' if whole else 'number'} from 1 on, "
+            f"but got {value!r}."
+        )
+
+
+def _refuse_always_none(declaration: Declaration) -> None:
+    """Raise DeclarationError if every value of a range is rounded to 0."""
+    if not declaration.range[1] > 0.5:
+        raise DeclarationError(
+            f"the range of {declaration.name!r} must reach beyond 0.5, because values are rounded "
+            f"in use and all of range={declaration.range} are 0 then."
+        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +143,8 @@ class CutoutHoles(_Strength):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _refuse_none(self.name, "length", self.length, whole=False)
+        _refuse_always_none(self)
         if math.isinf(self.range[1]):
             raise DeclarationError(
                 f"the range of {self.name!r} must end somewhere, because as many holes are drawn "
@@ -149,6 +171,11 @@ class CutoutLength(_Strength):
     range: tuple[float, float] = (0.0, 24.0)
     holes: int = 1
     default_init: ClassVar[float] = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_none(self.name, "holes", self.holes, whole=True)
+        _refuse_always_none(self)
 
     def settings(self) -> Mapping[str, Any]:
         """Return the number of holes if it is not tuned."""
@@ -217,6 +244,10 @@ class RandAugment(_Strength):
     widest: ClassVar[tuple[float, float]] = (0.0, 30.0)
     operations: tuple[str, ...] | None = None
     count: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_none(self.name, "count", self.count, whole=True)
 
     def settings(self) -> Mapping[str, Any]:
         """Return the operations and how many each example gets."""

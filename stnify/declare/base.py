@@ -131,12 +131,24 @@ class Decay(Declaration):
         exclude: Patterns taken out again.
         per_layer: One hyperparameter for each layer, named ``name.<module>``, instead of one.
         tie: Weights that share one, as for a ``Site``.
+
+    Raises:
+        DeclarationError: The range holds negative coefficients, but is not the whole line, where
+            the constrained value is the unconstrained one.
     """
 
     at: Pattern = "**"
     exclude: Pattern = ()
     per_layer: bool = False
     tie: Mapping[str, Pattern] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.range[0] < 0 and self.range != (-math.inf, math.inf):
+            raise DeclarationError(
+                f"the range of {self.name!r} must not go below 0, because a negative coefficient "
+                f"lets weights grow without end, but got range={self.range}."
+            )
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,15 @@ class DropPath(_Rate):
 
     default_place: ClassVar[str | None] = "residual"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by_depth and self.per_layer:
+            raise DeclarationError(
+                f"{self.name!r} can grow with depth by one hyperparameter, `by_depth`, or have one "
+                f"for each place, `per_layer`, but got both: that of the first place would be "
+                f"multiplied by 0."
+            )
+
     def settings(self) -> Mapping[str, Any]:
         """Return whether the rate grows with depth."""
         return {"by_depth": self.by_depth}
