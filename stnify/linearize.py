@@ -158,9 +158,10 @@ def _refuse_unmet(
         return
     tensors = [leaf for leaf in leaves(outputs) if isinstance(leaf, Tensor)]
     numbers = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if not numbers or any(tensor.requires_grad for tensor in numbers):
+        return
     layers = _tunables(graph).hyper_layers
-    frozen = not any(p.requires_grad for layer in layers.values() for p in layer.parameters())
-    if frozen or not numbers or any(tensor.requires_grad for tensor in numbers):
+    if not any(p.requires_grad for layer in layers.values() for p in layer.parameters()):
         return
     met: list[nn.Module] = []
     with torch.no_grad(), _noticed(layers.values(), met):

@@ -306,3 +306,34 @@ def test_outputs_that_are_constants_are_no_reason():
     found = perturbed_forward(stn.model._stnify.graph, (torch.randn(BATCH, 6),), {}, drawn)
     assert not found.requires_grad
     assert F.relu(found).shape == (BATCH, 3)
+
+
+def test_every_kind_that_could_respond_is_named():
+    with pytest.raises(UnsupportedModuleError) as caught:
+        stnify(nn.Sequential(nn.ReLU()), {"weight_decay": 1e-3})
+    listed = str(caught.value).partition("(")[2].partition(")")[0].split(", ")
+    assert {"Conv1d", "Bilinear", "EmbeddingBag", "MultiheadAttention", "LSTM"} <= set(listed)
+    assert {"GRU", "RNN", "LSTMCell", "or a product of a parameter with activations"} < set(listed)
+    assert not any(name.endswith("Base") or name.startswith("Non") for name in listed)
+
+
+class LowRank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6))
+        self.left = nn.Parameter(torch.randn(3, 2))
+        self.right = nn.Parameter(torch.randn(2, 6), requires_grad=False)
+        self.unused = nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        return F.linear(x, self.weight + self.left @ self.right)
+
+
+def test_parts_of_a_computed_weight_are_told_from_what_does_not_respond():
+    plan = stnify(Around(LowRank()), {"weight_decay": 1e-3}).plan
+    part = "is part of the computed weight of inner, which responds"
+    assert {refusal.name: refusal.reason for refusal in plan.refusals} == {
+        "inner.left": part,
+        "inner.right": f"{part}, and is frozen",
+        "inner.unused": "is not the weight of a known layer",
+    }

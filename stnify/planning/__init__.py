@@ -19,7 +19,7 @@ from stnify.plan import (
     WeightNoiseSite,
 )
 from stnify.planning.declared import found_for
-from stnify.planning.modules import WEIGHT_MODULES
+from stnify.planning.modules import MODULE_WEIGHTS, public_names
 from stnify.planning.weights import count_responses, weight_sites
 from stnify.trace import Traced, caller
 
@@ -56,12 +56,13 @@ def make_plan(
     _refuse_derivatives(model, traced)
     weights, refusals = weight_sites(model, traced, exclude, affine) if responds else ([], [])
     if responds and not any(site.weight_responds or site.bias_responds for site in weights):
-        kinds = sorted({*WEIGHT_MODULES.values()})
+        kinds = sorted(name for kind in MODULE_WEIGHTS for name in public_names(kind))
         named = [f"{r.name or '(root)'}: {r.reason}" for r in refusals]
         refused = "; ".join(named) or "it has no such layer"
         raise UnsupportedModuleError(
             f"{type(model).__name__} must hold at least one trainable layer that can respond "
-            f"({', '.join(kinds)}), but there is none to rewrite: {refused}."
+            f"({', '.join(kinds)}, or a product of a parameter with activations), but there is "
+            f"none to rewrite: {refused}."
         )
     found = [found_for(model, traced, declaration, scale, decays) for declaration in declared]
     columns = [column for part in found for column in part.columns]

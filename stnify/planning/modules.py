@@ -71,6 +71,12 @@ MODULE_WEIGHTS: dict[type[nn.Module], Callable[[Any], Iterator[OwnWeight]]] = {
 """Type of module, subclasses included, to the weights that calls of its code apply."""
 
 
+def public_names(kind: type[nn.Module]) -> list[str]:
+    """Return the name of a type in ``torch.nn``, or of what inherits from it if it is abstract."""
+    kinds = kind.__subclasses__() if kind.__name__.endswith("Base") else [kind]
+    return [one.__name__ for one in kinds if vars(nn).get(one.__name__) is one]
+
+
 def own_weights(module: nn.Module) -> list[OwnWeight]:
     """Return the weights a module owns itself; its children have their own."""
     known = [kind for kind in type(module).__mro__ if kind in MODULE_WEIGHTS]

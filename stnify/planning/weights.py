@@ -11,7 +11,7 @@ from torch import nn
 from stnify.declare import Pattern
 from stnify.patterns import require_each
 from stnify.plan import Refusal, ResponseKind, WeightSite
-from stnify.planning.computed import meeting_tables
+from stnify.planning.computed import meeting_tables, parameters_behind
 from stnify.planning.functions import FunctionSites
 from stnify.planning.modules import (
     GATED_AXIS,
@@ -56,7 +56,7 @@ def weight_sites(
     for name, reason in traced.opaque.items():
         if not any(site.inside == name for site in sites):
             refusals[name] = Refusal(name, reason)
-    _refuse_unused_weights(model, sites, refusals)
+    _refuse_unused_weights(model, traced, sites, refusals)
     return sites, list(refusals.values())
 
 
@@ -156,14 +156,31 @@ def _agreeing(sites: list[WeightSite], refusals: dict[str, Refusal]) -> list[Wei
 
 
 def _refuse_unused_weights(
-    model: nn.Module, sites: Sequence[WeightSite], refusals: dict[str, Refusal]
+    model: nn.Module, traced: Traced, sites: Sequence[WeightSite], refusals: dict[str, Refusal]
 ) -> None:
-    covered = {site.weight for site in sites}
+    covered, parts = {site.weight for site in sites}, _parts(model, traced, sites)
     for name, parameter in model.named_parameters():
         refused = any(_within(name, refusal) for refusal in list(refusals))
         if parameter.ndim >= 2 and name not in covered and not refused:
             frozen = "" if parameter.requires_grad else ", and is frozen"
-            refusals[name] = Refusal(name, f"is not the weight of a known layer{frozen}")
+            reason = parts.get(name, "is not the weight of a known layer")
+            refusals[name] = Refusal(name, f"{reason}{frozen}")
+
+
+def _parts(model: nn.Module, traced: Traced, sites: Sequence[WeightSite]) -> dict[str, str]:
+    """Return what to say of the parameters that weights which respond are computed from."""
+    nodes = {node.name: node for node in traced.graph.nodes}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parts: dict[str, str] = {}
+    for site in sites:
+        if site.computed_by in nodes:
+            behind = parameters_behind(model, nodes[site.computed_by]) or {}
+            for parameter in behind.values():
+                reason = (
+                    f"is part of the computed weight of {site.name or '(root)'}, which responds"
+                )
+                parts.setdefault(names[id(parameter)], reason)
+    return parts
 
 
 def count_responses(
