@@ -258,6 +258,15 @@ class OtherInTraining(HyperLinear):
         return outputs + 1e-3 if self.training else outputs
 
 
+class CountingTwice(HyperLinear):
+    """Lets a norm count every batch of the general pass a second time."""
+
+    def forward(self, inputs, weight, bias, response_input, linearized, **arguments):
+        if self.training and response_input is None:
+            self.norm[0].num_batches_tracked.add_(1)
+        return super().forward(inputs, weight, bias, response_input, linearized, **arguments)
+
+
 class RestlessZero(HyperLinear):
     """Responds to a perturbation of zero."""
 
@@ -303,6 +312,11 @@ def stale_buffer(stn: STN) -> None:
     stale.weight, stale.bias = norm.weight, norm.bias
 
 
+def count_twice(stn: STN) -> None:
+    break_layer(stn, "0", CountingTwice)
+    stn.model.hyper_layers["0"].norm = (stn.model._modules["1"],)
+
+
 def save_others(stn: STN) -> None:
     stn.model.hyper_layers["0"].weight_response.register_state_dict_post_hook(halve)
 
@@ -324,6 +338,7 @@ MISTAKES = {
     "stale buffer": stale_buffer,
     "other kernel": lambda stn: break_layer(stn, "0", OtherKernel),
     "other kernel in training": lambda stn: break_layer(stn, "0", OtherInTraining),
+    "batches counted twice": count_twice,
     "other state": save_others,
 }
 
@@ -362,13 +377,17 @@ CAUGHT = {
         "identity": r"in train mode.*exactly what Sequential.*differ is module '0'.*by 0.001",
         "export_exact": r"a general step must move '0.weight' of Sequential exactly",
     },
+    "batches counted twice": {
+        "identity": r"in train mode the graph must change '1.num_batches_tracked' of Sequential",
+        "export_exact": r"a general step must move '1.num_batches_tracked' of Sequential exactly",
+    },
     "other state": {
         "state_roundtrip": r"weight_response.gate' .* must come back from a state_dict"
     },
 }
 """What each mistake is caught by, and what the message says. Every other assertion must pass."""
 
-WITHOUT_NOISE = {"other kernel in training"}
+WITHOUT_NOISE = {"other kernel in training", "batches counted twice"}
 """Mistakes that can be seen only where no noise is tuned."""
 
 OF_THE_PLAIN_GRAPH = {"stale buffer", "other kernel", "other kernel in training"}

@@ -65,7 +65,8 @@ def assert_identity(
 
     In eval mode, by ``torch.equal``: the graph without a response input, and with one of zeros.
     Then again after every weight and buffer of the original has moved, which the graph must follow;
-    and in train mode, under the same random numbers, unless noise is tuned or the original fails.
+    and in train mode, under the same random numbers and with what becomes of its buffers, unless
+    noise is tuned or the original fails.
     ``nn.TransformerEncoder`` writes zeros in place of padding where it takes PyTorch's fast path,
     which a perturbed pass cannot take: a response input of zeros is compared with that path off.
 
@@ -111,11 +112,24 @@ def _check_general(subject: Subject) -> None:
         return
     found = subject.general()
     difference = _difference(expected, found)
-    if difference and _difference(expected, subject.call(twin)):
+    if not difference:
+        _check_buffers(subject, twin)
+    elif _difference(expected, subject.call(twin)):
         repeated = not _difference(found, subject.general())
         difference = "it repeats what the original draws anew" if repeated else ""
     if difference:
         _refuse_difference(subject, "in train mode", subject.general, difference)
+
+
+def _check_buffers(subject: Subject, twin: nn.Module) -> None:
+    """Compare buffers after a pass in train mode with those of a copy that took one, too."""
+    found = dict(subject.model._stnify.original.named_buffers())
+    for name, value in twin.named_buffers():
+        if not identical(value, found[name]):
+            raise AssertionError(
+                f"in train mode the graph must change {name!r} of {subject.name} exactly as the "
+                f"original does, but it differs by {distance(value, found[name]):.3g}."
+            )
 
 
 def _refuse_difference(
