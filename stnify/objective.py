@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -202,6 +202,22 @@ class Objective:
         with model._stnify.set_aside():
             penalties = [term(model, batch, space[name]).mean() for name, term in terms.items()]
         return torch.stack(penalties).sum()
+
+    def each_penalty(self) -> dict[str, "Objective"]:
+        """Return, by its name, each of the users' penalties as an objective of its own."""
+        sites = {site.column: site for site in self.losses if site.penalty is not None}
+        alone = {name: Objective(losses=(site,)) for name, site in sites.items()}
+
+        def loss(of: Objective, model: nn.Module, batch: Any) -> Tensor:
+            # Something to differentiate, also where a penalty depends on no parameter.
+            return of.penalty(cast(TunableModule, model), batch) + torch.zeros(
+                (), requires_grad=True
+            )
+
+        return {
+            name: replace(of, forward_loss=partial(loss, of), amp_dtype=self.amp_dtype)
+            for name, of in alone.items()
+        }
 
     @property
     def passes(self) -> dict[str, Penalty]:

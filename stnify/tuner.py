@@ -192,9 +192,24 @@ class Tuner:
         """Take the first response step without effect, so that it fails before anything moves."""
         before = self.stream.state_dict()
         try:
-            self._response(self.observed)
+            self._response(self.observed, self.objective)
+            self._warn_of_unanswered()
         finally:
             self.stream.load_state_dict(before)
+
+    def _warn_of_unanswered(self) -> None:
+        """Warn of penalties on which the response has no influence, so that they never move."""
+        for name, alone in self.objective.each_penalty().items():
+            result = self._response(self.observed, alone)
+            answered = any(gradient.any() for gradient in result.gradients.values())
+            if float(result.loss) and not answered:
+                warnings.warn(
+                    f"a penalty must act through predictions to be tuned, but that of {name!r} "
+                    f"depends on no prediction, only on parameters perhaps, to which nothing "
+                    f"responds: its gradient is nought and it stays as it is. WeightDecay and "
+                    f"L1Penalty are penalties on weights that respond.",
+                    stacklevel=2,
+                )
 
     def _refuse_unused(self) -> None:
         if self.counters.training_steps:
@@ -278,7 +293,7 @@ class Tuner:
         elif steps > self.cadence.warmup_steps and steps % self.cadence.train_steps == 0:
             self._tune()
 
-    def _response(self, batches: Sequence[Any]) -> StepResult:
+    def _response(self, batches: Sequence[Any], objective: Objective) -> StepResult:
         frozen = [
             n for n, p in self.model._stnify.response_parameters().items() if not p.requires_grad
         ]
@@ -291,7 +306,7 @@ class Tuner:
             return response_step(
                 self.model,
                 batches,
-                self.objective,
+                objective,
                 linearized=self.method.response == "linearized",
                 fraction=self.cadence.response_fraction,
                 antithetic=self.cadence.antithetic,
@@ -310,7 +325,7 @@ class Tuner:
         return self._gradients
 
     def _respond(self, batches: Sequence[Any], optimizer: Optimizer) -> None:
-        result = self._response(batches)
+        result = self._response(batches, self.objective)
         if not result.is_finite:
             self.counters.skipped_responses += 1
             self._warn_of_skip("response", self.counters.skipped_responses, result)

@@ -669,7 +669,9 @@ def test_a_response_step_that_fails_leaves_no_gradients_behind():
 
 
 def test_a_validation_step_that_fails_forgets_nothing_of_what_the_loss_read():
-    hparams = [Hyperparameter("idle", 0.5, (0.0, 1.0), penalty=lambda model, batch, value: value)]
+    hparams = [
+        Hyperparameter("idle", 0.5, (0.0, 1.0), penalty=lambda model, batch, value: 0.0 * value)
+    ]
     stn = convert(perceptron(), hparams)
     stn.step(first_batch())
     with pytest.raises(ShapeError, match=r"\(inputs, target\) pairs"):

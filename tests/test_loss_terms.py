@@ -584,6 +584,25 @@ def test_a_penalty_of_the_uncentred_method_responds_to_the_draw_it_is_multiplied
     assert not torch.allclose(stn.model(inputs), first), "another pass draws anew"
 
 
+def through_parameters(model: nn.Module, given: Any, value: Tensor) -> Tensor:
+    return value.mean() * model.hidden.weight.norm(dim=1).sum()
+
+
+def of_nothing(model: nn.Module, given: Any, value: Tensor) -> Tensor:
+    return 3.0 * value
+
+
+@pytest.mark.parametrize("penalty", [through_parameters, of_nothing])
+@pytest.mark.parametrize("method", ["delta", "centered"])
+def test_a_penalty_to_which_nothing_responds_is_warned_of_once(penalty, method):
+    declared = Hyperparameter("lasso", 0.5, (0.0, 1.0), penalty=penalty)
+    stn = converted(declared, TERMS["own"].declaration, method=method)
+    with pytest.warns(UserWarning, match="that of 'lasso' depends on no prediction") as seen:
+        stn.step(batch())
+    assert len(seen) == 1, "the other one is not warned of"
+    stn.step(batch())
+
+
 # Penalties on weights -----------------------------------------------------------------------------
 
 
