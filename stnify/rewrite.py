@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from stnify.augment import Augment, Stats
+from stnify.errors import UnsupportedModuleError
 from stnify.layers import (
     HYPER_MODULES,
     HYPER_OPERATORS,
@@ -125,7 +126,11 @@ def rewrite(
         space: The hyperparameters, in the plan's columns.
         stream: Where fresh response weights, and later all noise, are drawn from.
         input_stats: Mean and standard deviation that images were normalised with, if any.
+
+    Raises:
+        UnsupportedModuleError: The model has a part of a name that is stnify's own.
     """
+    _refuse_own_names(model)
     tunables = Tunables(space, model, stream, untraced=bool(plan.traced.opaque))
     tunables.augment = _augment(plan, space, input_stats)
     for name, tensor in plan.traced.constants.items():
@@ -175,6 +180,17 @@ def rewrite(
     tunable = TunableModule(tunables)
     share_tree(tunable, graph)
     return tunable
+
+
+def _refuse_own_names(model: nn.Module) -> None:
+    """Raise UnsupportedModuleError if a part of the model is called as what is added to it."""
+    names = [*vars(model), *model._modules, *model._parameters, *model._buffers]
+    taken = [name for name in names if name.startswith(PREFIX)]
+    if taken:
+        raise UnsupportedModuleError(
+            f"a model must leave names that begin with {PREFIX!r} to stnify, but "
+            f"{type(model).__name__} has {taken[0]!r}. Rename it."
+        )
 
 
 def _nearest(model: nn.Module, name: str) -> nn.Module:

@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "rewrite": {
         "augment",
+        "errors",
         "layers",
         "penalties",
         "plan",

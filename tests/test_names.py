@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stnify import UsageError, stnify
+from stnify import UnsupportedModuleError, UsageError, stnify
 from stnify.tunable import REACHABLE, TunableModule, Tunables
 
 WORDS = sorted(
@@ -90,6 +90,12 @@ def test_a_part_may_have_any_name(name, kind):
     stn.model.train()
     trains(stn, batch)
     assert not torch.equal(stn.model(batch[0]), expected)
+
+
+@pytest.mark.parametrize("kind", ["module", "parameter", "buffer", "tensor"])
+def test_the_names_of_what_is_added_are_refused(kind):
+    with pytest.raises(UnsupportedModuleError, match=r"Part has '_stnify_graph'\. Rename it"):
+        converted(Part("_stnify_graph", kind))
 
 
 def test_names_that_are_tried_are_those_of_the_library():
