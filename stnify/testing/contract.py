@@ -50,8 +50,9 @@ class Case(NamedTuple):
 class HyperLayerContract(ABC):
     """Tests that a hyper layer is what it says; subclass it in a test file, one for each layer.
 
-    Everything is in float64, for a full and a gate response. The judge is the slow way: the
-    original, called for one example after another with the weights that example should meet.
+    Everything is in float64, for a full and a gate response, and in every layout of rows that the
+    layer's ``row_dims`` allow. The judge is the slow way: the original, called for one example
+    after another with the weights that example should meet.
 
     Attributes:
         axis: Dimension of the weight whose units are gated.
