@@ -295,7 +295,7 @@ def exactness(stn: STN, call: Callable[[int], tuple[Any, ...]]) -> Row:
             expected = original(*args)
             found["exact"] &= identical(graph(*args), expected)
             nothing = torch.zeros(batch, len(stn.values()))
-            zero.add(_closeness(graph(*args, response_input=nothing), expected))
+            zero.add(_closeness(graph(*args, **pass_inputs(nothing)), expected))
             found["finite_outputs"] &= all(bool(t.isfinite().all()) for t in tensors(expected))
     return {**found, "exact_zero": max(zero, key=CLOSENESS.index)}
 
