@@ -2,7 +2,9 @@
 
 Each problem's docstring says why more, or less, of a regulariser is better in it. The start is on
 the wrong side, of the settings only the length of the run and the cadence are chosen, and the value
-has to double, or to halve. Each of the seeds 0 to 9 did so when this was written; one is tested.
+has to double, or to halve. Of the seeds 0 to 9 of each problem, 157 of 160 runs did so when this
+was written: where more dropout is better, seed 2 went the wrong way, and where more Gaussian noise
+is, seeds 4 and 7. Seed 0 is tested.
 """
 
 from collections.abc import Callable
@@ -288,7 +290,7 @@ def final(
     make: Callable[[], Problem],
     declaration: Declaration,
     seed: int = SEED,
-    response_lr: float = 1.0,
+    response_lr: float | None = None,
 ) -> float:
     """Return where a short run ends, as a multiple of where it started."""
     torch.manual_seed(seed)
