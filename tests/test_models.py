@@ -213,6 +213,29 @@ def _tabled(request):
 WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
 
 
+class Long(nn.Module):
+    """Its graph has more nodes than Python nests calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        for _ in range(1500):
+            x = x + 1e-3
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_graphs_of_any_length_can_be_copied(way):
+    model, batch = stnify(Long(), [DECAY]).model, torch.randn(2, 6)
+    twin = WAYS[way](model)
+    assert torch.equal(twin(batch), model(batch))
+    with torch.no_grad():
+        twin.layer.weight.zero_()
+    assert not torch.equal(twin(batch), model(batch))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_copies_compute_with_their_buffers_as_they_are_then(tabled, way):
     model = stnify(tabled, [DECAY]).model.eval()

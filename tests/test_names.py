@@ -204,3 +204,15 @@ def test_a_plain_tensor_of_the_root_may_be_moved():
 def test_a_plain_tensor_of_the_root_is_verified():
     stn = stnify(Centred(), {"weight_decay": 1e-3}, example_inputs=torch.randn(4, 6))
     assert str(stn.plan.weights[0].layout) != ""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_plain_tensor_of_the_root_is_read_by_compiled_code():
+    torch._dynamo.reset()
+    model, batch = Centred(), torch.randn(4, 6)
+    graph = stnify(model, {"weight_decay": 1e-3}).model._stnify.graph
+    compiled = torch.compile(graph, backend="eager", fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(batch), model(batch))
+        before, model.mean = model(batch), torch.randn(6)
+        assert not torch.allclose(model(batch), before, rtol=1e-2)
