@@ -147,7 +147,9 @@ class Recorder(nn.Module):
         return {**self.__dict__, "records": [], "earlier": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Recorder":
-        return Recorder(self.column)
+        twin = Recorder(self.column)
+        twin.layout = self.layout
+        return twin.train(self.training)
 
     @property
     def passes(self) -> list[list[Tensor]]:

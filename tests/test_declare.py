@@ -16,6 +16,7 @@ from stnify import (
     CutoutHoles,
     CutoutLength,
     DeclarationError,
+    DropConnect,
     Dropout,
     DropPath,
     Hyperparameter,
@@ -314,6 +315,12 @@ POINTLESS = {
     "fewer": (lambda: RandAugment(count=-1), "`count` of .* whole number from 1 .* -1"),
     "growth": (lambda: WeightDecay(range=(-1, 1)), "must not go below 0"),
     "sparse growth": (lambda: L1Penalty(range=(-1, math.inf)), "must not go below 0"),
+    "no pair": (lambda: Dropout(range=None), r"pair of numbers, \(low, high\), but got None"),
+    "three ends": (lambda: Dropout(range=(0, 0.5, 1)), "must be a pair of numbers"),
+    "words": (lambda: WeightDecay(range=("0", "1")), "must be a pair of numbers"),
+    "tied at all": (lambda: Dropout(tie=True), "`tie` of 'dropout' must be a dictionary"),
+    "tied decays": (lambda: WeightDecay(tie="0"), "`tie` of 'weight_decay' must be a dictionary"),
+    "tied masks": (lambda: DropConnect(tie=[]), "`tie` of 'drop_connect' must be a dictionary"),
     "depth by layer": (lambda: DropPath(by_depth=True, per_layer=True), "but got both"),
 }
 

@@ -4,6 +4,7 @@ Each example is predicted by itself, through weights written out for its own per
 order by ``torch.func.jvp``; everything in float64.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from stnify.declare import (
 )
 from stnify.errors import DeclarationError, ShapeError, UsageError
 from stnify.perturb import Perturbation
+from stnify.rows import RowLayout
 from stnify.step import response_step
 
 BATCH, STEPS, FEATURES, CLASSES = 5, 4, 3, 3
@@ -544,6 +546,18 @@ def test_activations_without_a_gradient_are_those_of_the_latest_pass():
     expected = stn.criterion(stn.model(inputs), target)
     stn.model(100 * inputs)
     torch.testing.assert_close(stn.criterion(stn.model(inputs), target), expected, **TOLERANCE)
+
+
+def test_a_copied_model_keeps_whose_rows_are_whose_and_no_activations():
+    torch.manual_seed(0)
+    stn = stnify(TimeFirst().double(), [ActivationPenalty(after="recurrence")])
+    (recorder,) = stn.model._stnify.recorders
+    recorder.layout = RowLayout.SECOND
+    stn.model(batch()[0])
+    (twin,) = copy.deepcopy(stn.model.eval())._stnify.recorders
+    assert (twin.layout, twin.column, twin.training) == (RowLayout.SECOND, recorder.column, False)
+    assert recorder.passes
+    assert not twin.passes
 
 
 # Passes of their own ------------------------------------------------------------------------------

@@ -49,6 +49,11 @@ class Declaration(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise DeclarationError(f"`name` must be a non-empty string, but got {self.name!r}.")
+        if not _is_pair(self.range):
+            raise DeclarationError(
+                f"the range of {self.name!r} must be a pair of numbers, (low, high), but got "
+                f"{self.range!r}."
+            )
         low, high = self.range
         if not low < high:
             raise DeclarationError(
@@ -81,6 +86,23 @@ class Declaration(ABC):
         return MappingProxyType({})
 
 
+def _is_pair(value: object) -> bool:
+    """Whether something is two numbers."""
+    if not isinstance(value, tuple | list):
+        return False
+    return len(value) == 2 and all(isinstance(end, Real) for end in value)
+
+
+def _refuse_tie(name: str, tie: object) -> None:
+    """Raise DeclarationError if ``tie`` names no groups."""
+    if not isinstance(tie, Mapping):
+        raise DeclarationError(
+            f"`tie` of {name!r} must be a dictionary from the last part of a name to patterns, "
+            f"such as {{'early': 'layer[12].*'}}, but got {tie!r}. Without it, and without "
+            f"`per_layer`, all places share one."
+        )
+
+
 @dataclass(frozen=True)
 class Site(Declaration):
     """A hyperparameter that controls an operation inside the model's graph.
@@ -109,6 +131,7 @@ class Site(Declaration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _refuse_tie(self.name, self.tie)
         inserted = self.after is not None or self.at in ("input", "residual")
         if inserted and not self.insertable:
             raise DeclarationError(
@@ -144,6 +167,7 @@ class Decay(Declaration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _refuse_tie(self.name, self.tie)
         if self.range[0] < 0 and self.range != (-math.inf, math.inf):
             raise DeclarationError(
                 f"the range of {self.name!r} must not go below 0, because a negative coefficient "
@@ -170,6 +194,7 @@ class WeightNoise(Declaration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _refuse_tie(self.name, self.tie)
         if self.per_example:
             raise DeclarationError(
                 f"{self.name!r} must have `per_example=False`, because the examples of a batch "
