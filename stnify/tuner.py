@@ -192,7 +192,7 @@ class Tuner:
         """Take the first response step without effect, so that it fails before anything moves."""
         before = self.stream.state_dict()
         try:
-            self._response(self.observed, self.objective)
+            self._response(self.observed)
             self._warn_of_unanswered()
         finally:
             self.stream.load_state_dict(before)
@@ -293,7 +293,8 @@ class Tuner:
         elif steps > self.cadence.warmup_steps and steps % self.cadence.train_steps == 0:
             self._tune()
 
-    def _response(self, batches: Sequence[Any], objective: Objective) -> StepResult:
+    def _response(self, batches: Sequence[Any], objective: Objective | None = None) -> StepResult:
+        """Take a response step without effect, for the run's objective unless told otherwise."""
         frozen = [
             n for n, p in self.model._stnify.response_parameters().items() if not p.requires_grad
         ]
@@ -306,7 +307,7 @@ class Tuner:
             return response_step(
                 self.model,
                 batches,
-                objective,
+                self.objective if objective is None else objective,
                 linearized=self.method.response == "linearized",
                 fraction=self.cadence.response_fraction,
                 antithetic=self.cadence.antithetic,
@@ -325,7 +326,7 @@ class Tuner:
         return self._gradients
 
     def _respond(self, batches: Sequence[Any], optimizer: Optimizer) -> None:
-        result = self._response(batches, self.objective)
+        result = self._response(batches)
         if not result.is_finite:
             self.counters.skipped_responses += 1
             self._warn_of_skip("response", self.counters.skipped_responses, result)
