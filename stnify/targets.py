@@ -198,14 +198,14 @@ def smoothed(target: Tensor, prediction: Tensor, value: Tensor, at: int = 1) -> 
             f"label smoothing needs logits (batch, classes, ...) of two classes or more, but the "
             f"prediction has the shape {tuple(prediction.shape)}. Leave LabelSmoothing out."
         )
-    classes = prediction.shape[at]
+    classes, given = prediction.shape[at], tuple(target.shape)
     if not target.is_floating_point():
         _refuse_ignored(target, classes)
         target = F.one_hot(target.long(), classes).movedim(-1, at).to(prediction.dtype)
     if target.shape != prediction.shape:
         raise ShapeError(
             f"label smoothing needs class indices, or a probability for each logit, but got "
-            f"targets {tuple(target.shape)} for predictions {tuple(prediction.shape)}."
+            f"targets {given} for predictions {tuple(prediction.shape)}."
         )
     share = trailing(value, target.ndim) if value.ndim else value
     return (1 - share) * target + share * target.sum(at, keepdim=True) / classes

@@ -129,6 +129,8 @@ def test_targets_must_be_classes(shape):
         at_targets(nn.CrossEntropyLoss(), logits, target[1:], half, None)
     with pytest.raises(ShapeError, match="needs class indices, or a probability for each logit"):
         smoothed(target.double(), logits, half)
+    with pytest.raises(ShapeError, match=rf"got targets \({len(target)}, {CLASSES}\) for"):
+        smoothed(torch.eye(CLASSES).long()[torch.zeros(len(target)).long()], logits, half)
     with pytest.raises(ShapeError, match="of two classes or more"):
         smoothed(target.double(), logits[:, :1], half)
 
