@@ -132,6 +132,32 @@ def test_what_code_keeps_is_kept_in_training_too(kind, around):
     assert loss.requires_grad
 
 
+class Cache(Module):
+    """Keeps what does not change in eval mode, as LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.cache = nn.Parameter(torch.randn(6)), {}
+
+    def forward(self, x):
+        if self.training:
+            table = self.table.exp()
+        else:
+            if "table" not in self.cache:
+                self.cache["table"] = self.table.exp()
+            table = self.cache["table"]
+        return self.first(x) * table
+
+
+def test_what_is_kept_in_eval_mode_only_is_traced():
+    model, x = Cache(), torch.randn(4, 6)
+    stn = convert(model, [IDLE], example_inputs=x)
+    assert {site.way for site in stn.plan.weights} == {"module"}
+    model.cache.clear()
+    stn.model.eval()(x)
+    assert torch.equal(model.cache["table"], model.table.exp())
+
+
 class Constrained(Module):
     """Keeps its weight's norm below one, as networks of EEG do."""
 

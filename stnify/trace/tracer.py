@@ -100,6 +100,8 @@ class UnknownWhileTracing:
 class Snapshot:
     """What a module's attributes are now, and what lists, dictionaries and sets among them hold.
 
+    What they hold counts in train mode only: in eval mode the model's own code runs, and caches.
+
     Args:
         module: Its registries of parameters, buffers, modules and hooks are left out.
     """
@@ -107,8 +109,9 @@ class Snapshot:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._values = dict(module.__dict__)
-        kept = {n: v for n, v in self._values.items() if n not in _REGISTRIES}
-        self._contents = {n: _held(v) for n, v in kept.items() if isinstance(v, _CONTAINERS)}
+        own = self._values.keys() - _REGISTRIES if module.training else set[str]()
+        containers = (n for n in own if isinstance(self._values[n], _CONTAINERS))
+        self._contents = {name: _held(self._values[name]) for name in containers}
 
     def refuse_changes(self) -> None:
         """Raise ChangedAttributeError if any is another, or holds something else."""
