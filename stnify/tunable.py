@@ -19,7 +19,7 @@ from stnify.attributes import Attributes, attributes
 from stnify.augment import Augment
 from stnify.errors import ShapeError, UsageError
 from stnify.layers import BiasResponse, HyperLayer, WeightResponse
-from stnify.penalties import Recorder
+from stnify.penalties import Recorder, ancestors
 from stnify.regularizers import weight_factors, weights_scaled
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
@@ -36,7 +36,7 @@ PASS_INPUTS = {
 """Inputs that a graph has besides the model's own, and their defaults."""
 
 MIXING = "_stnify_mixing"
-"""Attribute of a prediction that says whom its examples were mixed with."""
+"""Where a prediction, and the node that computed it, say whom its examples were mixed with."""
 
 REACHABLE = {
     "hyperparameters": "space",
@@ -48,16 +48,6 @@ REACHABLE = {
     "computed_weights": "computed_weights",
 }
 """Names of a tunable model that are not the user's, unless the user's model has them, too."""
-
-PASS_INPUTS = {
-    "_stnify_response_input": None,
-    "_stnify_constrained": None,
-    "_stnify_linearized": False,
-}
-"""Inputs that a graph has besides the model's own, and their defaults."""
-
-MIXING = "_stnify_mixing"
-"""Attribute of a prediction that says whom its examples were mixed with."""
 
 Pass = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 """``(graph, args, kwargs) -> prediction``: one way to run the graph."""
@@ -281,9 +271,14 @@ class Tunables(nn.Module):
         return {bias: response for bias, response in found.items() if response is not None}
 
     def mixing_of(self, prediction: Tensor) -> Mixing | None:
-        """Return whom the examples of a prediction were mixed with; of others, the latest's."""
-        mixing = vars(prediction).get(MIXING, self.mixing)
-        return cast(Mixing | None, mixing)
+        """Return whom the examples of a prediction were mixed with, or of what it is computed from.
+
+        Of others, and where no gradients are taken, the latest's.
+        """
+        if MIXING in vars(prediction) or self.mixing is None:
+            return cast(Mixing | None, vars(prediction).get(MIXING, self.mixing))
+        marked = (node.metadata.get(MIXING) for node in ancestors([prediction]))
+        return next((mixing for mixing in marked if mixing is not None), self.mixing)
 
     def call_before_training(self, function: Callable[[], None]) -> None:
         """Call ``function`` before every pass of the user's own that may be differentiated."""
@@ -404,6 +399,9 @@ class Tunables(nn.Module):
             outputs = self._run(chosen, args, kwargs)
             if isinstance(outputs, Tensor) and not torch.compiler.is_compiling():
                 vars(outputs)[MIXING] = self.mixing
+                if outputs.grad_fn is not None and self.mixing is not None:
+                    node: Any = outputs.grad_fn
+                    node.metadata[MIXING] = self.mixing
             return outputs
         except ValueError as error:
             _refuse_single_value(self.graph, error)

@@ -154,6 +154,20 @@ def test_the_latest_batch_is_what_targets_are_mixed_by(mixed):
     assert not torch.allclose(found, losses[0])
 
 
+@pytest.mark.parametrize("compute", [lambda p: p, lambda p: 2.0 * p.float(), lambda p: p.clone()])
+def test_each_prediction_has_the_mixing_of_its_pass_whatever_is_computed_from_it(compute, mixed):
+    stn = converted(MIXES["mixup"])
+    batches = batch(0), batch(1)
+    predictions = [compute(stn.model(images)) for images, _ in batches]
+    for what, other, prediction, (_, target) in zip(
+        mixed, mixed[::-1], predictions, batches, strict=True
+    ):
+        found = stn.criterion(prediction, target)
+        losses = [mixed_loss(prediction, target, m.partner, m.share) for m in (what, other)]
+        torch.testing.assert_close(found, losses[0].to(found), rtol=1e-5, atol=1e-5)  # float32
+        assert not torch.allclose(found, losses[1].to(found), rtol=1e-3)
+
+
 def test_evaluation_neither_mixes_nor_forgets(mixed):
     stn = converted(MIXES["mixup"])
     images, target = batch()
