@@ -13,7 +13,8 @@ from stnify import Declaration
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
-COSTS = sorted(RESULTS.glob("step_cost_*.json"))
+INGREDIENT_COSTS = RESULTS / "step_cost_cpu_ingredients.json"
+COSTS = sorted({*RESULTS.glob("step_cost_*.json")} - {INGREDIENT_COSTS})
 EAGER = RESULTS / "step_cost_cpu.json"
 
 
