@@ -207,15 +207,22 @@ def to_device(batch: Any, model: TunableModule) -> Any:
 
 
 def first_rows(batch: Any, size: int) -> Any:
-    """Keep the first ``size`` examples of every tensor with the batch dimension, and every list."""
+    """Keep the first ``size`` examples of every tensor with the batch dimension, and every list.
+
+    The target of a pair may have several rows for each example, one behind the other.
+    """
     full = batch_size(batch)
     if size >= full:
         return batch
+    target = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
 
     def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and not (value.ndim and value.shape[0] == full):
-            return value
-        return value[:size]
+        if not isinstance(value, Tensor):
+            return value[:size]
+        rows = value.shape[0] if value.ndim else 0
+        if value is target and rows % full == 0:
+            return value[: rows // full * size]
+        return value[:size] if rows == full else value
 
     return map_tensors(cut, batch, partial(by_example, batch=full))
 

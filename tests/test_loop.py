@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, St
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler
 
-from stnify import Dropout, Hyperparameter, ShapeError, UsageError, WeightDecay
+from stnify import Dropout, Hyperparameter, ShapeError, UsageError, WeightDecay, stnify
 from stnify.objective import Objective
 from stnify.step import first_rows, response_step
 
@@ -1346,3 +1346,34 @@ def test_lists_of_pictures_are_cut_to_the_first_ones():
     inputs, mask = first_rows((torch.arange(6).reshape(3, 2), torch.ones(4)), 2)
     assert inputs.tolist() == [[0, 1], [2, 3]]
     assert len(mask) == 4
+
+
+def test_half_a_batch_has_half_of_a_flattened_target():
+    """Language models are often trained on predictions and targets of (batch * time) rows."""
+
+    class Words(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = torch.nn.Embedding(5, 6), torch.nn.Linear(6, 5)
+
+        def forward(self, words):
+            return self.head(self.embedding(words)).flatten(0, 1)
+
+    words = torch.randint(5, (8, 3))
+    inputs, target = first_rows((words, words.flatten()), 4)
+    assert torch.equal(inputs.flatten(), target)
+    table = first_rows({"words": words, "table": torch.ones(24)}, 4)["table"]
+    assert len(table) == 24, "only a target has rows of examples"
+    model, loader = Words(), [(words, words.flatten())]
+    stn = stnify(
+        model,
+        [WeightDecay()],
+        optimizer=SGD(model.parameters(), lr=0.1),
+        criterion=torch.nn.functional.cross_entropy,
+        train_loader=loader,
+        valid_loader=loader,
+        warmup_steps=0,
+    )
+    train(*stn, 6)
+    assert stn.counters.skipped_responses == 0
+    assert stn.counters.validation_steps == 1
