@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stnify
+from benchmarks.ingredients import INGREDIENTS
 from stnify import Declaration
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +150,19 @@ def short_budget_rows(report):
         yield f"| {' | '.join(cells)} |"
 
 
+def ingredient_rows(budget, costs):
+    """The default settings, each ingredient by itself, and the papers': quality, then cost."""
+    whole = {r["response"]: r["ratio"]["whole"]["median"] for r in costs["results"]}
+    default = json.loads((RESULTS / "step_cost_cpu_default.json").read_text())["results"][0]
+    whole |= {"default": default["ratio"]["whole"]["median"], "paper": whole["full"]}
+    found = {r["method"]: {} for r in budget["summary"] if r["task"] == "mnist_mlp"}
+    for row in (row for row in budget["summary"] if row["task"] == "mnist_mlp"):
+        found[row["method"]][row["start"]] = f"{row['validation']:.2f} ({row['test']:.2f})"
+    for name in ("default", *INGREDIENTS, "paper"):
+        losses = [found[name][start] for start in ("low", "middle", "high")]
+        yield f"| {' | '.join([name, *losses, f'{whole[name]:.2f}'])} |"
+
+
 def conversion_rows(report):
     for result in report["results"]:
         plain, proven = (result[way]["median"] for way in ("plain", "proven"))
@@ -169,6 +183,15 @@ def test_its_smaller_tables_are_the_measured_ones(name, rows_of):
     assert len(rows) >= 2
     assert all(row in README for row in rows)
     assert rows[0].replace(".", ",") not in README
+
+
+def test_its_table_of_ingredients_is_the_measured_one():
+    budget = json.loads((RESULTS / "short_budget.json").read_text())
+    costs = json.loads(INGREDIENT_COSTS.read_text())
+    rows = list(ingredient_rows(budget, costs))
+    assert all(row in README for row in rows)
+    costs["results"][0]["ratio"]["whole"]["median"] += 0.02
+    assert not all(row in README for row in ingredient_rows(budget, costs))
 
 
 def test_it_says_how_many_aims_of_short_runs_are_met():
