@@ -214,7 +214,7 @@ def first_rows(batch: Any, size: int) -> Any:
     full = batch_size(batch)
     if size >= full:
         return batch
-    target = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+    target: Any = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
 
     def cut(value: Any) -> Any:
         if not isinstance(value, Tensor):
