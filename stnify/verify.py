@@ -197,13 +197,15 @@ def _is_noise(module: nn.Module) -> bool:
 
 @contextmanager
 def _parameters_restored(model: TunableModule) -> Iterator[list[str]]:
-    """Put parameters back that the body changes; yield their names, afterwards."""
+    """Put parameters back that the body changes, also on errors; yield their names, afterwards."""
     parameters = model._stnify.general_parameters()
     before = {name: (p.detach().clone(), p._version) for name, p in parameters.items()}
     changed: list[str] = []
-    yield changed
-    for name, (value, version) in before.items():
-        parameter = parameters[name]
-        if parameter._version != version or not _identical(parameter.detach(), value):
-            changed.append(name)
-            parameter.data.copy_(value)
+    try:
+        yield changed
+    finally:
+        for name, (value, version) in before.items():
+            parameter = parameters[name]
+            if parameter._version != version or not _identical(parameter.detach(), value):
+                changed.append(name)
+                parameter.data.copy_(value)

@@ -314,3 +314,21 @@ def test_code_that_changes_a_parameter_is_refused_and_undone():
     assert torch.equal(model.second.weight, before)
     model(torch.randn(4, 6))
     assert not torch.equal(model.second.weight, before)
+
+
+class Clamped(Module):
+    """Clamps its weight, and takes another branch for what is no tensor, such as fx's stand-in."""
+
+    def forward(self, x):
+        self.first.weight.data.clamp_(-0.1, 0.1)
+        return self.first(x) if isinstance(x, torch.Tensor) else self.second(x)
+
+
+def test_a_parameter_is_put_back_also_where_the_proof_fails():
+    model, x = Clamped(), torch.randn(4, 6)
+    before = model.first.weight.clone()
+    with pytest.raises(TraceError, match="in eval mode, but its output differs"):
+        convert(model, [IDLE], example_inputs=x)
+    assert torch.equal(model.first.weight, before)
+    model(x)
+    assert not torch.equal(model.first.weight, before)
