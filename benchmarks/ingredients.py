@@ -7,7 +7,7 @@ from typing import Any
 
 INGREDIENTS: dict[str, dict[str, Any]] = {
     "fixed sigma": {"scale": 1.0},
-    "single perturbations": {"antithetic": False, "response_fraction": 1.0},
+    "opposite perturbations": {"antithetic": True, "response_fraction": 0.5},
     "same optimizer": {"response_lr": 1.0},
     "every step": {"response_every": 1},
     "gated": {"response": "gate"},

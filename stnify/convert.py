@@ -40,12 +40,8 @@ Jitter = Literal["gaussian", "sinusoid"]
 SINUSOID_PERIOD = 1200
 """[STN] F, in training steps. The amplitude is ``scale``, unconstrained units; there it is 0.1."""
 
-
 ON_CLASSES = {"LabelSmoothing", *PREDICTIONS}
 """Kinds of loss terms that need predictions of classes."""
-
-RESPONSE_FRACTION = 0.5
-"""Share of a batch ``(inputs, target)`` in the response step, which then has as many rows as it."""
 
 
 def stnify(
@@ -59,8 +55,8 @@ def stnify(
     valid_loader: Iterable[Any] | None = None,
     method: str = "delta",
     response: ResponseKind = "full",
-    response_fraction: float | None = None,
-    antithetic: bool = True,
+    response_fraction: float = 1.0,
+    antithetic: bool = False,
     response_every: int = 3,
     train_steps: int = 5,
     valid_steps: int = 1,
@@ -97,9 +93,8 @@ def stnify(
             ``stn.validation_step(batch)``.
         method: ``"delta"``, ``"centered"``, ``"stn"`` or ``"fixed"``.
         response: ``"full"``, or ``"gate"`` for gates of the general weights alone.
-        response_fraction: Leading part of each (shuffled) batch the response step uses; None for
-            half of a batch ``(inputs, target)``, and all of a batch for ``forward_loss``, whose
-            examples may belong together.
+        response_fraction: Leading part of each (shuffled) batch the response step uses; less than 1
+            asks for batches whose leading part makes sense by itself.
         antithetic: Whether the response step takes each of these examples twice, with opposite
             perturbations under the same noise, at twice the cost.
         response_every: Training steps for each response step.
@@ -169,7 +164,7 @@ def stnify(
         train_steps=train_steps,
         valid_steps=valid_steps,
         warmup_steps=_warmup(warmup_steps, total_steps),
-        response_fraction=_fraction(response_fraction, forward_loss),
+        response_fraction=response_fraction,
         antithetic=antithetic,
         response_every=response_every,
         entropy_weight=entropy_weight,
@@ -327,12 +322,6 @@ def _warmup(warmup_steps: int | None, total_steps: int | None) -> int:
     if warmup_steps is not None:
         return warmup_steps
     return 100 if total_steps is None else total_steps // 20
-
-
-def _fraction(fraction: float | None, forward_loss: object) -> float:
-    if fraction is not None:
-        return fraction
-    return RESPONSE_FRACTION if forward_loss is None else 1.0
 
 
 def _hyper_optimizer(

@@ -51,7 +51,7 @@ class Cadence:
     warmup_steps: int = 100
     response_every: int = 3
     response_fraction: float = 1.0
-    antithetic: bool = True
+    antithetic: bool = False
     entropy_weight: float = 1e-3
     tune_scale: bool = True
 

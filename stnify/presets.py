@@ -60,10 +60,9 @@ Declarations = list[Declaration | Group]
 def paper() -> dict[str, Any]:
     """Return the settings of [DeltaSTN] for ``stnify``, where its defaults differ or may change.
 
-    A response step after every general step takes the whole batch, each example once, with the
-    same kind of optimizer and the same learning rate as the general step; sigma has its own
-    gradient; lambda moves by RMSprop with learning rate 0.01. They are made for runs of 100,000
-    steps.
+    A response step after every general step, with the same kind of optimizer and the same learning
+    rate; sigma has its own gradient; lambda moves by RMSprop with learning rate 0.01. They are made
+    for runs of 100,000 steps.
 
     Example:
         ``stnify(model, hparams, optimizer=optimizer, ..., **presets.paper())``

@@ -181,7 +181,6 @@ def converted(witness: Witness, recorder: Recorder) -> STN:
         optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
         criterion=recorder,
         response="gate",
-        response_fraction=1.0,
         verify=False,
         seed=1,
     )

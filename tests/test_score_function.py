@@ -221,8 +221,6 @@ def test_one_draw_serves_the_batch_and_both_losses_read_it(method):
         criterion=kept,
         valid_loader=[batch],
         warmup_steps=0,
-        antithetic=False,
-        response_fraction=1.0,
         train_steps=1,
         method=method,
         verify=False,

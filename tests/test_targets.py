@@ -244,7 +244,7 @@ def test_rows_of_a_flattened_prediction_have_the_value_of_their_example(
         torch.manual_seed(0)
         model = Language(flat).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        options = {"optimizer": optimizer, "criterion": criterion, "response_fraction": 1.0}
+        options = {"optimizer": optimizer, "criterion": criterion}
         stn = stnify(model, [kind(init=0.2)], seed=0, **options)
         batch = (words, words.flatten() if flat else words)
         stn.step(batch)
