@@ -52,12 +52,11 @@ def verify(
     """
     inputs = (args, dict(kwargs))
     private = RandomStream(0, model._stnify.space.unconstrained.device)
-    with private.active(), _parameters_restored(model):
+    with private.active(), _parameters_restored(model) as changed:
         with evaluating(model):
             _refuse_difference(model, inputs)
         with _training(model):
             _refuse_difference_in_training(model, inputs)
-    with private.active(), _parameters_restored(model) as changed:
         words = _layouts(model, inputs)
     if changed:
         raise UnsupportedModuleError(

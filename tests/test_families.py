@@ -55,7 +55,7 @@ FAMILIES = {
         (3, 112, 112),
     ),
     "timm deit": ("deit3_small_patch16_224", {**RATES, "depth": 2, "img_size": 64}, IMAGE),
-    "timm densenet": ("densenet121", RATE, IMAGE),
+    "timm densenet": ("densenet121", {**RATE, "block_config": (2, 3, 4, 5)}, IMAGE),
     "timm dla": ("dla34", RATE, IMAGE),
     "timm dpn": ("dpn48b", RATE, IMAGE),
     "timm edgenext": ("edgenext_xx_small", {**RATES, "depths": (2, 2, 2, 2)}, IMAGE),
@@ -247,11 +247,6 @@ FAMILIES = {
     "torchvision mobilenetv3": ("mobilenet_v3_small", CLASSES, IMAGE),
     "torchvision optical_flow.raft": ("raft_small", {}, (3, 128, 128)),
     "torchvision quantization.googlenet": ("quantized_googlenet", CLASSES, IMAGE),
-    "torchvision quantization.inception": (
-        "inception_v3",
-        {**CLASSES, "init_weights": False, "aux_logits": False},
-        (3, 75, 75),
-    ),
     "torchvision quantization.mobilenetv2": ("quantized_mobilenet_v2", CLASSES, IMAGE),
     "torchvision quantization.mobilenetv3": ("quantized_mobilenet_v3_large", CLASSES, IMAGE),
     "torchvision quantization.resnet": ("quantized_resnet18", CLASSES, IMAGE),
@@ -265,7 +260,6 @@ FAMILIES = {
     "torchvision squeezenet": ("squeezenet1_1", CLASSES, IMAGE),
     "torchvision video.resnet": ("mc3_18", CLASSES, (3, 4, 32, 32)),
     "torchvision swin_transformer": ("swin_t", CLASSES, IMAGE),
-    "torchvision vgg": ("vgg11", CLASSES, IMAGE),
     "torchvision vision_transformer": ("vit_b_16", {**CLASSES, "image_size": 64}, IMAGE),
 }
 """Family to name, options, and shape of one input."""
@@ -276,6 +270,8 @@ LEFT_TO_THE_BENCHMARK = {
     "torchvision detection.mask_rcnn": "masks are pasted box by box, for minutes",
     "torchvision detection.ssd": "pictures are always made 300 pixels wide",
     "torchvision detection.ssdlite": "pictures are always made 320 pixels wide",
+    "torchvision quantization.inception": "the model of torchvision inception",
+    "torchvision vgg": "133 million parameters; timm's own is here",
     "torchvision maxvit": "pictures of 224 pixels; timm's own is here",
     "torchvision video.mvit": "16 frames of 224 pixels",
     "torchvision video.s3d": "14 frames of 224 pixels",
