@@ -26,7 +26,7 @@ def refuse_model(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModuleError: Not a module; wrapped, scripted or compiled; quantised; a parameter
-            that is lazy, on the meta device, or not a dense tensor.
+            that is lazy, on the meta device, complex, or not a dense tensor.
         UsageError: The model, or a part of it, was converted already.
     """
     if not isinstance(model, nn.Module):
@@ -57,6 +57,13 @@ def refuse_model(model: nn.Module) -> None:
                 f"every parameter must be a dense tensor, but {name!r} has layout {tensor.layout}. "
                 f"Replace it by `.to_dense()`."
             )
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise UnsupportedModuleError(
+                f"every parameter must hold real numbers, but {name!r} is {parameter.dtype}. Keep "
+                f"`torch.view_as_real(weight)` as the parameter, and use "
+                f"`torch.view_as_complex` in forward."
+            )
 
 
 def _refuse_part(name: str, part: nn.Module) -> None:
@@ -65,6 +72,12 @@ def _refuse_part(name: str, part: nn.Module) -> None:
     for wrapper in sorted(names & WRAPPERS.keys()):
         raise UnsupportedModuleError(
             f"the model must be plain modules, but {label} is a {wrapper}. {WRAPPERS[wrapper]}"
+        )
+    kept = [part.forward, *vars(part).values()]
+    if part._compiled_call_impl or any(hasattr(v, "_torchdynamo_orig_callable") for v in kept):
+        raise UnsupportedModuleError(
+            f"the model must be plain modules, but {label} is compiled, or calls a function that "
+            f"is. {WRAPPERS['OptimizedModule']}"
         )
     stub = type(part).__name__ == "FloatFunctional"  # holds no weight, and computes in floats
     if ".quantized" in type(part).__module__ and not stub:

@@ -15,7 +15,13 @@ from stnify.bundle import STN
 from stnify.checks import refuse_arguments, refuse_distributed, refuse_empty, refuse_model
 from stnify.compiled import CompiledForward
 from stnify.declare import Hyperparameters, Pattern, declarations
-from stnify.errors import DeclarationError, UnsupportedModuleError, UsageError, nearest
+from stnify.errors import (
+    DeclarationError,
+    TraceError,
+    UnsupportedModuleError,
+    UsageError,
+    nearest,
+)
 from stnify.inventory import doubled, inventory, repeated
 from stnify.linearize import Forward, linearized_forward, perturbed_forward
 from stnify.loaders import EndlessLoader
@@ -136,12 +142,13 @@ def stnify(
     Raises:
         DeclarationError: A hyperparameter cannot be used as declared.
         UnsupportedModuleError: The model cannot be converted.
-        TraceError: The model cannot be traced faithfully.
+        TraceError: The proof on ``example_inputs`` fails even for the model's own code.
         UsageError: An argument is missing or does not fit the others.
 
     Warns:
-        UserWarning: The train loader, the criterion or fixed noise in the same place does what is
-            tuned as well.
+        UserWarning: The proof on ``example_inputs`` fails for the traced graph, so that the model's
+            own code runs. The train loader, the criterion or fixed noise in the same place does
+            what is tuned as well.
 
     Example:
         ``stn = stnify(model, [Dropout(after="layer*.*"), WeightDecay()], optimizer=optimizer,
@@ -173,39 +180,49 @@ def stnify(
     declared = declarations(hparams)
     refuse_empty(train_loader, "train_loader")
     refuse_empty(valid_loader, "valid_loader")
-    plan = make_plan(
-        model,
-        trace(model, leaves, _given(model, example_inputs)),
-        declared,
-        response=response,
-        exclude=exclude,
-        affine=affine,
-        scale=scale,
-        responds=chosen.response is not None or not chosen.centred,
-        decays=_decays(model, optimizer),
-    )
-    _refuse_terms(plan, criterion, forward_loss, chosen)
     device, dtype = _place(model)
     seed = torch.initial_seed() if seed is None else seed
-    space = HyperparameterSpace(plan.columns, dtype, device)
-    tunable = rewrite(model, plan, space, RandomStream(_mix(seed, 0), device), input_stats)
     compile = device.type == "cuda" if compile is None else compile
-    forwards = _forwards(tunable, plan, method) if compile else {}
-    tuner = Tuner(
-        model=tunable,
-        objective=Objective(criterion, forward_loss, plan.decays, plan.losses, amp_dtype),
-        method=chosen,
-        cadence=cadence,
-        hyper_optimizer=_hyper_optimizer(hyper_optimizer, space, total_steps, cadence),
-        validation=_validation(valid_loader, _mix(seed, 1), device),
-        stream=tunable._stnify.stream,
-        schedule=schedule,
-        jitter=None if jitter is None else JITTERS[jitter],
-        forwards=forwards,
-        verify_inputs=verify,
-    )
-    if verify and example_inputs is not None:
-        tuner.verify(*_call(example_inputs))
+
+    def converted(leaves: Sequence[str | type[nn.Module]]) -> tuple[Plan, TunableModule, Tuner]:
+        plan = make_plan(
+            model,
+            trace(model, leaves, _given(model, example_inputs)),
+            declared,
+            response=response,
+            exclude=exclude,
+            affine=affine,
+            scale=scale,
+            responds=chosen.response is not None or not chosen.centred,
+            decays=_decays(model, optimizer),
+        )
+        _refuse_terms(plan, criterion, forward_loss, chosen)
+        space = HyperparameterSpace(plan.columns, dtype, device)
+        tunable = rewrite(model, plan, space, RandomStream(_mix(seed, 0), device), input_stats)
+        tuner = Tuner(
+            model=tunable,
+            objective=Objective(criterion, forward_loss, plan.decays, plan.losses, amp_dtype),
+            method=chosen,
+            cadence=cadence,
+            hyper_optimizer=_hyper_optimizer(hyper_optimizer, space, total_steps, cadence),
+            validation=_validation(valid_loader, _mix(seed, 1), device),
+            stream=tunable._stnify.stream,
+            schedule=schedule,
+            jitter=None if jitter is None else JITTERS[jitter],
+            forwards=_forwards(tunable, plan, method) if compile else {},
+            verify_inputs=verify,
+        )
+        if verify and example_inputs is not None:
+            tuner.verify(*_call(example_inputs))
+        return plan, tunable, tuner
+
+    try:
+        plan, tunable, tuner = converted(leaves)
+    except TraceError as error:
+        if "" in leaves:
+            raise
+        plan, tunable, tuner = converted([""])
+        warnings.warn(_runs_itself(error), stacklevel=2)
     wrapped, decayed = None, _decayed(tunable, plan)
     if optimizer is not None:
         wrapped = STNOptimizer(
@@ -224,6 +241,13 @@ def stnify(
     for message in [*doubled(regularizers), *repeated(regularizers, plan)]:
         warnings.warn(message, stacklevel=2)
     return STN(tunable, plan, tuner, wrapped, train_loader, regularizers)
+
+
+def _runs_itself(error: TraceError) -> str:
+    return (
+        f'{error} Until then the model\'s own code runs, as with leaves=[""], and its layers are '
+        f"converted one by one."
+    )
 
 
 # Defaults -----------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def first_examples(inputs: Any, full: int, count: int) -> Any:
 
 
 def _with_one_changed(inputs: Any, batch: int, index: int) -> Any:
-    """Change one example: new noise for real inputs, shifted entries for integers."""
+    """Change one example: new noise for real inputs, other entries of the batch for integers."""
 
     def change(value: Any) -> Any:
         if isinstance(value, list):
@@ -214,8 +214,9 @@ def _changed(tensor: Tensor, index: Any) -> Tensor:
         spread = tensor.float().std(correction=0).clamp_min(1e-2).to(tensor.dtype)
         tensor[index] += spread * torch.randn_like(tensor[index])
     elif tensor.dtype is not torch.bool:
-        highest = tensor.max()
-        tensor[index] = torch.where(tensor[index] == highest, 0, highest)
+        lowest, highest = tensor.aminmax()
+        other = lowest if lowest < highest else (highest - 1).clamp_min(0)
+        tensor[index] = torch.where(tensor[index] == highest, other, highest)
     return tensor
 
 

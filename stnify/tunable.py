@@ -101,6 +101,7 @@ class Tunables(nn.Module):
         evaluation_pass: How eval mode runs the graph, if it is not to be the original.
         inputs: Those of a training pass, kept until they are taken; empty if they are wanted, None
             if not.
+        predicted: Whether the model was called since this was last set to False.
     """
 
     original: nn.Module
@@ -135,6 +136,7 @@ class Tunables(nn.Module):
         self.training_pass: Pass | None = None
         self.evaluation_pass: Pass | None = None
         self.inputs: tuple[Any, ...] | None = None
+        self.predicted = False
         self._through: frozenset[str] = frozenset()
         self._attributes: list[Attributes] | None = None
         self._running: Pass | None = None
@@ -384,6 +386,7 @@ class Tunables(nn.Module):
     def predict(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool) -> Any:
         """Predict: train at the current hyperparameters, or be the original in eval mode."""
         own = self._running is None and not torch.compiler.is_compiling()
+        self.predicted |= not torch.compiler.is_compiling()
         differentiable = own and torch.is_grad_enabled()
         if differentiable and self._before_training is not None:
             self._before_training()

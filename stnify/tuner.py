@@ -191,11 +191,21 @@ class Tuner:
     def _rehearse(self) -> None:
         """Take the first response step without effect, so that it fails before anything moves."""
         before = self.stream.state_dict()
+        self.model._stnify.predicted = False
         try:
             self._response(self.observed)
+            self._refuse_other_model()
             self._warn_of_unanswered()
         finally:
             self.stream.load_state_dict(before)
+
+    def _refuse_other_model(self) -> None:
+        if not self.model._stnify.predicted:
+            raise UsageError(
+                "`forward_loss` must predict by calling the model it is given, `model(inputs)`, "
+                "but it did not: a method of your model that calls `self(inputs)` runs the model "
+                "as it was. Do in forward_loss what the method does."
+            )
 
     def _warn_of_unanswered(self) -> None:
         """Warn of penalties on which the response has no influence, so that they never move."""

@@ -1,27 +1,34 @@
 """Code that is run to learn something leaves nothing behind in the model."""
 
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+DEPTH = 3
+"""Levels of containers and objects, one inside the other, that are looked into."""
 
 
 @contextmanager
 def attributes_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Put every module's attributes back afterwards; yield what was added to the root.
 
-    Dictionaries, lists and sets among the attributes get back what they held; values of buffers
-    are the caller's concern.
+    What ``holders`` finds among the attributes gets back what it held, tensors too; those that are
+    registered are the caller's concern.
     """
     before = [(module, dict(module.__dict__)) for module in model.modules()]
-    held = [
-        (value, list(value.items()) if isinstance(value, dict) else list(value))
-        for _, attributes in before
-        for value in attributes.values()
-        if isinstance(value, dict | list | set)
+    values = [value for _, attributes in before for value in attributes.values()]
+    held = contents(values)
+    registered = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    tensors = [
+        (tensor, tensor._version, tensor.detach().clone())
+        for tensor in kept_tensors(values)
+        if id(tensor) not in registered and tensor.grad_fn is None and not tensor.is_inference()
     ]
     added: dict[str, Any] = {}
     known = set(model.__dict__) | set(model._buffers)
@@ -33,18 +40,142 @@ def attributes_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
         for module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-        for value, content in held:
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+        for holder, content in held:
+            put_back(holder, content)
+        with torch.no_grad():
+            for tensor, version, value in tensors:
+                if tensor._version != version:
+                    tensor.copy_(value)
 
 
 @contextmanager
 def state_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Put attributes and the generators back; yield what was added to the root."""
-    generators = torch.get_rng_state(), random.getstate()
+    numpy = sys.modules.get("numpy")
+    states = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
     try:
         with attributes_restored(model) as added:
             yield added
     finally:
-        torch.set_rng_state(generators[0])
-        random.setstate(generators[1])
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        if numpy:
+            numpy.random.set_state(states[2])
+
+
+# What attributes hold -----------------------------------------------------------------------------
+
+
+def holders(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield what code can change without setting an attribute of a module.
+
+    These are dictionaries, lists, sets, generators and objects of the user's own types, inside each
+    other down to ``DEPTH``; each once. Modules and tensors are not looked into.
+    """
+    known: set[int] = set()
+    level = list(values)
+    for _ in range(DEPTH):
+        found = [value for value in level if _holds(value)]
+        level = []
+        for holder in found:
+            if id(holder) not in known:
+                known.add(id(holder))
+                yield holder
+                level += _entries(holder)
+
+
+def kept_tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among ``values`` and in what ``holders`` finds there."""
+    given = list(values)
+    inside = [entry for holder in holders(given) for entry in _entries(holder)]
+    return [value for value in [*given, *inside] if isinstance(value, Tensor)]
+
+
+def contents(values: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Return all ``holders`` and what each holds, for ``put_back``."""
+    return [(holder, content(holder)) for holder in holders(values)]
+
+
+def content(holder: Any) -> Any:
+    """Return a copy of what a holder holds; of a generator its state."""
+    generator = _generator(holder)
+    if generator is not None:
+        return generator[0]()
+    match holder:
+        case dict():
+            return dict(holder)
+        case list() | set():
+            return list(holder)
+        case _:
+            return dict(vars(holder))
+
+
+def put_back(holder: Any, content: Any) -> None:
+    """Let a holder hold what ``content`` said it did."""
+    generator = _generator(holder)
+    if generator is not None:
+        generator[1](content)
+        return
+    target = holder if isinstance(holder, dict | list | set) else vars(holder)
+    target.clear()
+    target.extend(content) if isinstance(target, list) else target.update(content)
+
+
+def same_content(holder: Any, before: Any) -> bool:
+    """Whether a holder still holds the very same objects; a generator, the same state."""
+    now = content(holder)
+    if _generator(holder) is not None:
+        return repr(_numbers(now)) == repr(_numbers(before))
+    if isinstance(now, dict):
+        same = list(map(id, now)) == list(map(id, before))
+        now, before = list(now.values()), list(before.values())
+        return same and list(map(id, now)) == list(map(id, before))
+    return list(map(id, now)) == list(map(id, before))
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, dict | list | set) or bool(_generator(value)) or _plain(value)
+
+
+def _entries(holder: Any) -> list[Any]:
+    if _generator(holder) is not None:
+        return []
+    entries = content(holder)
+    return list(entries.values()) if isinstance(entries, dict) else entries
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is an object of the user's, with attributes of its own."""
+    if isinstance(value, nn.Module | Tensor | type | ModuleType) or callable(value):
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict)
+
+
+Generator = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+def _generator(value: Any) -> Generator | None:
+    """Return what reads and what sets the state of a generator of random numbers."""
+    match value:
+        case random.Random():
+            return value.getstate, value.setstate
+        case torch.Generator():
+            return value.get_state, value.set_state
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return value.get_state, value.set_state
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator
+        return lambda: bits.state, lambda state: setattr(bits, "state", state)
+    return None
+
+
+def _numbers(state: Any) -> Any:
+    """Return a generator's state in numbers that print in full."""
+    match state:
+        case dict():
+            return {key: _numbers(value) for key, value in state.items()}
+        case tuple() | list():
+            return [_numbers(value) for value in state]
+        case _:
+            return state.tolist() if hasattr(state, "tolist") else state

@@ -16,11 +16,11 @@ from torch.fx.node import map_aggregate
 
 from stnify.patterns import require_each
 from stnify.trace.functions import TracedFunctions
+from stnify.trace.snapshot import Snapshot
 from stnify.trace.tracer import (
     EagerUse,
     ModuleOutput,
     SiteTracer,
-    Snapshot,
     Traced,
     caller,
     hooked,
@@ -92,7 +92,7 @@ def _trace_in_mode(
                 break
             attributes = Snapshot(model)
             try:
-                with EagerUse():
+                with EagerUse(model):
                     graph = tracer.trace(model)
                 refuse_draws(draws)
                 attributes.refuse_changes()
@@ -101,6 +101,7 @@ def _trace_in_mode(
                     graph = _one_leaf(tracer, "every argument of its forward is optional")
                 break
             except Exception as error:
+                attributes.restore()
                 if not functions.leave_whole(error):
                     graph = _one_leaf(tracer, f"{type(error).__name__}: {error}")
                     break

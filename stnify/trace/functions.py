@@ -6,10 +6,12 @@ a whole, it becomes one node. Such functions are found by the error they cause.
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType, TracebackType
 from typing import Any, Self
 
+import torch
 from torch import fx, nn
 
 Scope = dict[str, Any]
@@ -18,7 +20,8 @@ Scope = dict[str, Any]
 class TracedFunctions:
     """Stand-ins for functions in the code of a model, taken out again at the end.
 
-    ``len`` of a proxy is traced from the start; other functions are added by ``leave_whole``.
+    ``len`` of a proxy is traced from the start; other functions are added by ``leave_whole``. Code
+    that asks in which context it runs is not traced, because the answer would stay the same.
 
     Args:
         model: Its modules' code is where ``len`` is replaced.
@@ -38,6 +41,10 @@ class TracedFunctions:
             if "len" not in scope:
                 scope["len"] = _node_for(len)
                 self._undo.append(functools.partial(scope.pop, "len"))
+        for name in QUESTIONS:
+            original = getattr(torch, name)
+            setattr(torch, name, _unanswered(original))
+            self._undo.append(functools.partial(setattr, torch, name, original))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,6 +68,22 @@ class TracedFunctions:
                 scope[name] = _node_for(function)
                 self._undo.append(functools.partial(scope.__setitem__, name, function))
         return True
+
+
+QUESTIONS = ("is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled")
+"""Functions of ``torch`` that say in which context code runs."""
+
+
+def _unanswered(question: Callable[..., bool]) -> Callable[..., bool]:
+    """Return ``question``, which raises if it is not PyTorch's own code that asks."""
+
+    @functools.wraps(question)
+    def stand_in(*args: Any) -> bool:
+        if sys._getframe(1).f_globals.get("__name__", "").split(".")[0] != "torch":
+            raise RuntimeError(f"it asks torch.{question.__name__}, which depends on the call")
+        return question(*args)
+
+    return stand_in
 
 
 def _node_for(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.utils.parametrize as parametrize
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, is_autocast_enabled, is_grad_enabled, nn
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from stnify.trace.functions import TracedFunctions
+from stnify.trace.snapshot import ChangedAttributeError, Snapshot
+from stnify.untouched import kept_tensors
 
 NORMALIZATIONS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,
@@ -77,72 +79,20 @@ def refuse_draws(before: tuple[Any, ...]) -> None:
         raise RuntimeError("it draws random numbers that do not depend on its inputs")
 
 
-CONSTANT = "_tensor_constant"
-"""How fx names the tensors made while tracing, which it keeps on the root."""
-
-
-class ChangedAttributeError(RuntimeError):
-    """A module changes attributes of its own, which a graph would not do again.
-
-    Args:
-        names: The attributes.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(f"it changes its attribute {names[0]!r}")
-        self.names = names
-
-
-class UnknownWhileTracing:
-    """Stands for an attribute that only a real pass sets, so that code that reads it fails."""
-
-
-class Snapshot:
-    """What a module's attributes are now, and what lists, dictionaries and sets among them hold.
-
-    What they hold counts in train mode only: in eval mode the model's own code runs, and caches.
-
-    Args:
-        module: Its registries of parameters, buffers, modules and hooks are left out.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._values = dict(module.__dict__)
-        own = self._values.keys() - _REGISTRIES if module.training else set[str]()
-        containers = (n for n in own if isinstance(self._values[n], _CONTAINERS))
-        self._contents = {name: _held(self._values[name]) for name in containers}
-
-    def refuse_changes(self) -> None:
-        """Raise ChangedAttributeError if any is another, or holds something else."""
-        now = {n: v for n, v in self._module.__dict__.items() if not n.startswith(CONSTANT)}
-        before = self._values
-        changed = [n for n, value in now.items() if n not in before or before[n] is not value]
-        changed += [n for n, held in self._contents.items() if _held(before[n]) != held]
-        if changed:
-            raise ChangedAttributeError(changed)
-
-    def restore(self) -> None:
-        """Put the attributes back, not what they hold."""
-        self._module.__dict__.clear()
-        self._module.__dict__.update(self._values)
-
-
-_REGISTRIES = set(nn.Module().__dict__)
-_CONTAINERS = (list, dict, set)
-
-
-def _held(value: Any) -> list[int]:
-    """Return the identities of what a container holds, in its order."""
-    held = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
-    return [id(entry) for entry in held]
-
-
 class EagerUse(TorchFunctionMode):
-    """Raises if code computes with parameters while it is traced, past the tracer.
+    """Raises if code computes with what the model keeps while it is traced, past the tracer.
 
-    It does so if it gets them from ``self.parameters()``, say: the result would be a constant.
+    It does so if it gets parameters from ``self.parameters()``, say, or computes with a tensor that
+    is no buffer: the result would be a constant.
+
+    Args:
+        model: Its parameters, buffers and other tensors are meant.
     """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        values = [value for module in model.modules() for value in vars(module).values()]
+        self._kept = {id(tensor) for tensor in kept_tensors(values)}
 
     def __torch_function__(
         self,
@@ -153,9 +103,18 @@ class EagerUse(TorchFunctionMode):
     ) -> Any:
         """Call ``func`` and look at what it got and what it returned."""
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and any(isinstance(a, nn.Parameter) for a in args):
-            raise RuntimeError("it computes with parameters that it does not name as attributes")
+        if isinstance(result, Tensor) or func in READS:
+            if any(isinstance(a, nn.Parameter) for a in args):
+                raise RuntimeError(
+                    "it computes with parameters that it does not name as attributes"
+                )
+            if any(id(a) in self._kept for a in args):
+                raise RuntimeError("it computes with a tensor it keeps, apart from its inputs")
         return result
+
+
+READS = {Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__bool__}
+"""Functions that give a tensor's numbers to Python."""
 
 
 class SiteTracer(fx.Tracer):
@@ -185,9 +144,13 @@ class SiteTracer(fx.Tracer):
         self._contexts = _contexts()
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
-        """Record an operation; not under ``no_grad`` or ``autocast``, which would be lost."""
+        """Record an operation, unless a graph would do something else when it is run again."""
         if kind.startswith("call_") and _contexts() != self._contexts:
-            raise RuntimeError("it computes under no_grad or autocast, which a graph cannot hold")
+            raise RuntimeError(
+                "it computes under no_grad, autocast or checkpoint, which a graph cannot hold"
+            )
+        if _writes_to_constant(kind, target, *args[:1]):
+            raise RuntimeError("it writes to a tensor it makes, which a graph would make once")
         proxy = super().create_proxy(kind, target, *args, **kwargs)
         self.proxies.append(proxy)
         return proxy
@@ -253,6 +216,8 @@ class SiteTracer(fx.Tracer):
     ) -> Any:
         """Trace a call of ``m``; if that fails, leave a function whole, or ``m`` itself."""
         name = self.path_of_module(m)
+        if self.is_leaf_module(m, name):
+            return self._remember(name, super().call_module(m, forward, args, kwargs))
         before = set(self.graph.nodes)
         draws = random_states()
         stack, calls, scope = self.module_stack.copy(), self.num_calls.copy(), copy(self.scope)
@@ -271,11 +236,14 @@ class SiteTracer(fx.Tracer):
                 self._forget_assignments(assigned)
                 attributes.restore()
                 if isinstance(error, ChangedAttributeError):
-                    m.__dict__.update(dict.fromkeys(error.names, UnknownWhileTracing()))
+                    error.forget_values()
                 self.module_stack, self.num_calls, self.scope = stack.copy(), calls.copy(), scope
                 if not self.functions.leave_whole(error):
                     reason = f"{type(error).__name__}: {error}"
                     self.opaque[name] = f"cannot be traced through ({reason})"
+        return self._remember(name, output)
+
+    def _remember(self, name: str, output: Any) -> Any:
         value = map_aggregate(output, lambda v: v.node if isinstance(v, fx.Proxy) else v)
         last = next(iter(reversed(self.graph.nodes)))
         self.outputs.setdefault(name, []).append(ModuleOutput(value, last))
@@ -313,10 +281,26 @@ def own_weight(module: nn.Module) -> bool:
     return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
 
 
-def _contexts() -> tuple[bool, bool, bool]:
-    """Return what a graph cannot hold: whether gradients and autocast are on."""
-    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    return (torch.is_grad_enabled(), *autocast)
+def _contexts() -> tuple[Any, ...]:
+    """Return what a graph cannot hold: whether gradients and autocast are on, and checkpoints."""
+    autocast = is_autocast_enabled("cpu"), is_autocast_enabled("cuda")
+    saved: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return (is_grad_enabled(), *autocast, saved)
+
+
+def _writes_to_constant(kind: str, target: Any, args: tuple[Any, ...] = ()) -> bool:
+    """Whether an operation changes its first argument, a tensor that does not come from inputs."""
+    if not kind.startswith("call_") or not args or type(args[0]) is not Tensor:
+        return False
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+IN_PLACE = {
+    *("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "__iadd__", "__isub__"),
+    *("__imul__", "__itruediv__", "__ipow__", "__ifloordiv__", "__imod__"),
+}
+"""Operators that change their first argument; names of functions that do end with _."""
 
 
 def swappable(model: nn.Module, node: fx.Node) -> dict[str, nn.Module]:

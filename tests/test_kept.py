@@ -1,0 +1,355 @@
+"""What a model's code keeps from pass to pass is kept in train mode as its own code would."""
+
+import copy
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import IDLE, convert
+from torch import nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
+
+from stnify import UnsupportedModuleError, UsageError, WeightDecay
+
+
+class Module(nn.Module):
+    """Two layers, and something that is kept."""
+
+    def __init__(self, kept=None):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.kept = kept
+
+
+class Buffer(Module):
+    def __init__(self):
+        super().__init__()
+        del self.kept
+        self.register_buffer("kept", torch.zeros(6))
+
+    def forward(self, x):
+        y = self.first(x)
+        self.kept = 0.9 * self.kept + 0.1 * y.detach().mean(0)
+        return self.head(y - self.kept)
+
+
+class Counter(Buffer):
+    def forward(self, x):
+        self.kept += 1
+        return self.head(self.first(x)) * torch.rsqrt(self.kept)
+
+
+class OfAChild(Module):
+    def forward(self, x):
+        y = self.first(x)
+        self.head.last = getattr(self.head, "last", 0.0) + y.detach().mean(0)
+        return self.head(y - self.head.last)
+
+
+class InAList(Module):
+    def __init__(self):
+        super().__init__([torch.zeros(6)])
+
+    def forward(self, x):
+        y = self.first(x)
+        self.kept[0].mul_(0.9).add_(y.detach().mean(0))
+        return self.head(y - self.kept[0])
+
+
+class InAnObject(Module):
+    def __init__(self):
+        super().__init__(SimpleNamespace(inner=SimpleNamespace(mean=torch.zeros(6))))
+
+    def forward(self, x):
+        y = self.first(x)
+        self.kept.inner.mean = 0.9 * self.kept.inner.mean + y.detach().mean(0)
+        return self.head(y - self.kept.inner.mean)
+
+
+class Accumulated(Module):
+    """Adds up in a tensor that is new in each pass."""
+
+    def forward(self, x):
+        total = torch.zeros(6)
+        for layer in (self.first, self.head):
+            total += layer(x).mean(0)
+        return self.head(x) + total
+
+
+class Filled(Module):
+    def forward(self, x):
+        total = torch.zeros(6)
+        total[:3] = self.first(x).mean(0)[:3]
+        return self.head(x) + total
+
+
+class Drawn(Module):
+    """Leaves a layer out, drawn from a generator of its own."""
+
+    def __init__(self, generator, draw):
+        super().__init__(generator)
+        self.draw = draw
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.head(y) if self.draw(self.kept) < 0.5 else y
+
+
+class Inside(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.plain, self.inner = nn.Linear(6, 6), inner
+
+    def forward(self, x):
+        return self.inner(self.plain(x))
+
+
+GENERATORS = {
+    "random": lambda: Drawn(random.Random(0), random.Random.random),
+    "numpy": lambda: Drawn(np.random.RandomState(0), np.random.RandomState.random_sample),
+    "new numpy": lambda: Drawn(np.random.default_rng(0), np.random.Generator.random),
+    "torch": lambda: Drawn(
+        torch.Generator().manual_seed(0), lambda g: float(torch.rand((), generator=g))
+    ),
+}
+KEEPING = {
+    **{kind.__name__: kind for kind in (Buffer, Counter, OfAChild, InAList, InAnObject)},
+    **{kind.__name__: kind for kind in (Accumulated, Filled)},
+    **GENERATORS,
+}
+
+
+@pytest.mark.parametrize("around", [lambda model: model, Inside], ids=["root", "inside"])
+@pytest.mark.parametrize("kind", KEEPING)
+def test_passes_in_a_row_are_those_of_the_original(kind, around):
+    torch.manual_seed(0)
+    model = around(KEEPING[kind]())
+    x, twin = torch.randn(4, 6), copy.deepcopy(model)
+    stn = convert(model, [IDLE], example_inputs=x)
+    outputs = [twin(x) for _ in range(6)]
+    assert all(torch.equal(stn.model(x), output) for output in outputs)
+    assert not all(torch.equal(outputs[0], o) for o in outputs) or kind in {"Accumulated", "Filled"}
+    assert "" not in stn.plan.traced.opaque or around is not Inside, "only what keeps is a leaf"
+
+
+def test_a_conversion_moves_no_generator():
+    torch.manual_seed(0)
+    model = Drawn(None, lambda _: np.random.random())
+    before = np.random.get_state()[1].copy()
+    convert(model, [IDLE], example_inputs=torch.randn(4, 6))
+    assert (np.random.get_state()[1] == before).all()
+    model(torch.randn(4, 6))
+
+
+def test_a_shared_object_gets_what_each_pass_leaves_in_it():
+    class Auxiliary(Module):
+        def forward(self, x):
+            y = self.first(x)
+            self.kept.loss = y.square().mean()
+            return self.head(y)
+
+    context = SimpleNamespace(loss=None)
+    stn = convert(Inside(Auxiliary(context)), [IDLE], example_inputs=torch.randn(4, 6))
+    assert context.loss is None
+    losses = []
+    for _ in range(2):
+        stn.model(torch.randn(4, 6))
+        losses.append(context.loss)
+    assert losses[0] is not losses[1]
+    assert losses[1].requires_grad
+
+
+class Temperature(Module):
+    """Computes with a tensor of its own, apart from its inputs."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.register_buffer("buffer", torch.tensor(1.0))
+        self.plain = torch.tensor(1.0)
+        self.table = [torch.ones(6)]
+        self.read = read
+
+    def forward(self, x):
+        return self.head(self.first(x)) / (self.read(self) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda model: model.plain,
+        lambda model: float(model.plain),
+        lambda model: dict(model.named_buffers())["buffer"],
+        lambda model: model._buffers["buffer"].item(),
+        lambda model: 2 * model.table[0],
+    ],
+    ids=["tensor", "number", "named buffer", "number of a buffer", "list"],
+)
+def test_tensors_are_read_anew_in_every_pass(read):
+    model, x = Temperature(read), torch.randn(4, 6)
+    stn = convert(model, [IDLE], example_inputs=x)
+    before = stn.model(x)
+    for tensor in (model.buffer, model.plain, model.table[0]):
+        tensor.fill_(5.0)
+    assert torch.equal(stn.model(x), model(x))
+    assert not torch.allclose(stn.model(x), before)
+
+
+def test_code_that_asks_for_its_context_runs_in_each():
+    class Careful(Module):
+        def forward(self, x):
+            y = self.first(x)
+            if torch.is_autocast_enabled("cpu"):
+                y = y / 4
+            return self.head(y if torch.is_grad_enabled() else y.relu()).float()
+
+    model, x = Careful(), torch.randn(4, 6)
+    stn = convert(model, [IDLE], example_inputs=x)
+    assert torch.equal(stn.model(x), model(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = stn.model(x), model(x)
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, model(x), rtol=0.1)
+    assert torch.is_autocast_enabled.__name__ == "is_autocast_enabled"
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_save_memory_in_training_too(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 6)) for _ in range(3)
+            )
+            self.head = nn.Linear(6, 6)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=reentrant)
+            return self.head(x)
+
+    def kept(model):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            model(torch.randn(512, 6, requires_grad=True))
+        return sum(sizes)
+
+    model = Checkpointed()
+    plain = kept(nn.Sequential(*model.blocks, model.head))
+    stn = convert(model, [IDLE], example_inputs=torch.randn(4, 6))
+    assert kept(stn.model) == kept(model) < plain / 4
+    for _ in range(2):
+        stn.step((torch.randn(4, 6), torch.zeros(4, dtype=torch.long)))
+    assert stn.counters.skipped_responses == 0
+
+
+def pruned(layer):
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("around", [nn.utils.weight_norm, pruned])
+def test_weights_that_hooks_make_respond(around):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(around(nn.Linear(6, 8)), nn.ReLU(), around(nn.Linear(8, 3)))
+
+    model, twin, x = build(), build(), torch.randn(4, 6)
+    stn = convert(model, [IDLE], example_inputs=x)
+    assert len(stn.plan.weights) == 2
+    assert stn.plan.traced.opaque == {}
+    for _ in range(2):
+        for each in (twin, stn.model):
+            each.zero_grad()
+            F.cross_entropy(each(x), torch.zeros(4, dtype=torch.long)).backward()
+            with torch.no_grad():
+                for parameter in each.parameters():
+                    if parameter.grad is not None:
+                        parameter.sub_(0.1 * parameter.grad)
+        assert torch.equal(stn.model.eval()(x), twin.eval()(x))
+        assert torch.equal(stn.model.train()(x), twin.train()(x))
+    stn.step((x, torch.zeros(4, dtype=torch.long)))
+    assert any(p.grad is None or p.any() for p in stn.model._stnify.response_parameters().values())
+
+
+class AsksWhatItGets(Module):
+    def forward(self, x):
+        return self.head(self.first(x)) if isinstance(x, torch.Tensor) else self.head(x)
+
+
+def test_a_graph_that_proves_wrong_gives_way_to_the_models_own_code():
+    model, x = AsksWhatItGets(), torch.randn(4, 6)
+    with pytest.warns(UserWarning, match=r"its output differs.*the model's own code runs"):
+        stn = convert(model, [IDLE], example_inputs=x)
+    assert torch.equal(stn.model(x), model(x))
+    assert {site.way for site in stn.plan.weights} == {"swap"}
+    assert stn.plan.traced.opaque.keys() == {""}
+
+
+def test_a_loss_that_passes_the_converted_model_by_is_refused():
+    class WithLoss(Module):
+        def forward(self, x):
+            return self.head(self.first(x))
+
+        def loss(self, batch):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    batch = torch.randn(4, 6), torch.zeros(4, dtype=torch.long)
+
+    def around(model, batch):
+        return model.loss(batch)
+
+    def through(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    options = {"criterion": None, "valid_loader": [batch]}
+    convert(WithLoss(), [WeightDecay()], forward_loss=through, **options).step(batch)
+    with pytest.raises(UsageError, match="must predict by calling the model it is given"):
+        convert(WithLoss(), [WeightDecay()], forward_loss=around, **options).step(batch)
+
+
+def test_what_is_compiled_inside_is_refused():
+    inner = Module()
+    inner.first.compile(backend="eager")
+    with pytest.raises(UnsupportedModuleError, match=r"'first' \(Linear\) is compiled"):
+        convert(inner, [IDLE])
+    function = Module(torch.compile(torch.tanh, backend="eager"))
+    with pytest.raises(UnsupportedModuleError, match="calls a function that is"):
+        convert(function, [IDLE])
+
+
+def test_complex_weights_are_refused():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6, dtype=torch.cfloat))
+    with pytest.raises(
+        UnsupportedModuleError, match=r"'1\.weight' is torch\.complex64.*view_as_real"
+    ):
+        convert(model, [IDLE])
+
+
+@pytest.mark.parametrize("lengths", [[7, 6, 5, 4, 3], [7, 7, 7, 5, 2], [7] * 5])
+def test_lengths_of_packed_sequences_may_be_equal(lengths):
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.recurrent = nn.Embedding(30, 8), nn.LSTM(8, 6, batch_first=True)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, words, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(
+                self.embed(words), lengths, batch_first=True, enforce_sorted=False
+            )
+            states, _ = nn.utils.rnn.pad_packed_sequence(
+                self.recurrent(packed)[0], batch_first=True, total_length=words.shape[1]
+            )
+            return self.head(states)
+
+    inputs = torch.randint(30, (5, 7)), torch.tensor(lengths)
+    stn = convert(Tagger(), [IDLE], example_inputs=inputs)
+    assert {site.layout.split()[0] for site in stn.plan.weights} == {"batch"}
