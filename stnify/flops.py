@@ -21,6 +21,7 @@ from stnify.rows import batch_size
 from stnify.step import first_rows
 from stnify.streams import RandomStream
 from stnify.tunable import PREFIX, TunableModule, evaluating
+from stnify.untouched import state_restored
 
 WHOLE = ""
 """Stands for the whole model among the names of hyper layers."""
@@ -72,7 +73,8 @@ def _count(
     nowhere = Perturbation(zeros, None)
     forward = linearized_forward if linearized else perturbed_forward
     private = RandomStream(0, space.unconstrained.device)
-    with evaluating(model), model._stnify.buffers_restored(), private.active():
+    untouched = state_restored(model._stnify.original)
+    with evaluating(model), model._stnify.buffers_restored(), untouched, private.active():
         with _plain_operators(model._stnify.hyper_layers.values()):
             before = _counted(graph, lambda: perturbed_forward(graph, inputs, named, nowhere))
         after = _counted(graph, lambda: forward(graph, inputs, named, nowhere))

@@ -386,7 +386,8 @@ class Tunables(nn.Module):
     def predict(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool) -> Any:
         """Predict: train at the current hyperparameters, or be the original in eval mode."""
         own = self._running is None and not torch.compiler.is_compiling()
-        self.predicted |= not torch.compiler.is_compiling()
+        if not torch.compiler.is_compiling():
+            self.predicted = True
         differentiable = own and torch.is_grad_enabled()
         if differentiable and self._before_training is not None:
             self._before_training()

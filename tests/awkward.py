@@ -482,7 +482,7 @@ def silently(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
 
-@awkward(vectors, left=frozenset({"layer.weight_g", "layer.weight_v"}))
+@awkward(vectors, left=frozenset({"layer.weight_g"}), computed=True)
 class OldWeightNorm(nn.Module):
     def __init__(self):
         super().__init__()

@@ -104,6 +104,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "step",
         "streams",
         "tunable",
+        "untouched",
     },
     "loaders": {"errors", "streams"},
     "schedule": {"errors"},
