@@ -279,6 +279,14 @@ def test_weights_that_hooks_make_respond(around):
     assert any(p.grad is None or p.any() for p in stn.model._stnify.response_parameters().values())
 
 
+def test_the_old_spectral_norm_names_the_new_one():
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 6)), nn.Linear(6, 3))
+    reasons = convert(model, [IDLE]).plan.traced.opaque
+    assert "use torch.nn.utils.parametrizations.spectral_norm" in reasons["0"]
+    model[0] = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+    assert convert(model, [IDLE]).plan.traced.opaque == {}
+
+
 class AsksWhatItGets(Module):
     def forward(self, x):
         return self.head(self.first(x)) if isinstance(x, torch.Tensor) else self.head(x)

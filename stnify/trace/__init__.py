@@ -4,7 +4,8 @@ A module is a leaf of the graph if it comes from ``torch.nn``, is a normalisatio
 no weight of two or more dimensions, or has backward hooks. All others, and layers with forward
 hooks or parametrisations, are traced through, so that the layers inside them become visible. A
 function that cannot be traced through is called as it is; a module that cannot becomes a leaf, with
-the reason.
+the reason. So does a module that does more than compute: that keeps something from pass to pass,
+draws numbers, asks in which context it runs, or fills tensors it makes.
 """
 
 from collections.abc import Callable, Collection, Sequence

@@ -12,6 +12,7 @@ import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, fx, is_autocast_enabled, is_grad_enabled, nn
 from torch.fx.node import map_aggregate
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 
 from stnify.trace.functions import TracedFunctions
@@ -120,8 +121,8 @@ READS = {Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__
 class SiteTracer(fx.Tracer):
     """Traces down to leaves and remembers what each module returned.
 
-    What code does to buffers is traced; a module that does more than compute with its inputs,
-    parameters and buffers, for example counts its calls in an attribute, becomes a leaf.
+    What code does to buffers in place is traced; a module that does more than compute with its
+    inputs, parameters and buffers, for example counts its calls in an attribute, becomes a leaf.
 
     Args:
         leaves: Qualified names not to trace through.
@@ -218,6 +219,8 @@ class SiteTracer(fx.Tracer):
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return self._remember(name, super().call_module(m, forward, args, kwargs))
+        if any(isinstance(hook, SpectralNorm) for hook in m._forward_pre_hooks.values()):
+            self.opaque.setdefault(name, OLD_SPECTRAL_NORM)
         before = set(self.graph.nodes)
         draws = random_states()
         stack, calls, scope = self.module_stack.copy(), self.num_calls.copy(), copy(self.scope)
@@ -266,6 +269,11 @@ class SiteTracer(fx.Tracer):
             if not kept:
                 del self.outputs[other]
 
+
+OLD_SPECTRAL_NORM = (
+    "cannot be traced through (torch.nn.utils.spectral_norm changes its vectors under no_grad; "
+    "use torch.nn.utils.parametrizations.spectral_norm)"
+)
 
 _PROXY = {"node", "tracer", "param", "name"}
 """Attributes of a proxy that are fx's own."""
