@@ -126,7 +126,6 @@ FAMILIES = {
         {**RATES, **NARROW, "depth": 2, "img_size": 64},
         IMAGE,
     ),
-    "timm nasnet": ("nasnetalarge", {**RATE, "num_features": 96, "stem_size": 8}, IMAGE),
     "timm nest": ("nest_tiny", {**RATES, "img_size": 64}, IMAGE),
     "timm nextvit": ("nextvit_small", RATES, IMAGE),
     "timm nfnet": ("test_nfnet", RATES, IMAGE),
@@ -219,7 +218,6 @@ FAMILIES = {
     "timm xcit": ("xcit_tiny_12_p8_224", {**RATES, "depth": 2, "img_size": 64}, IMAGE),
     "torchvision alexnet": ("alexnet", CLASSES, IMAGE),
     "torchvision convnext": ("convnext_tiny", CLASSES, IMAGE),
-    "torchvision densenet": ("densenet121", CLASSES, IMAGE),
     "torchvision detection.faster_rcnn": (
         "fasterrcnn_mobilenet_v3_large_320_fpn",
         {**CLASSES, "box_detections_per_img": 3, "min_size": 64, "max_size": 64},
@@ -230,31 +228,18 @@ FAMILIES = {
         {**CLASSES, "detections_per_img": 3, "min_size": 64, "max_size": 64},
         IMAGE,
     ),
-    "torchvision detection.retinanet": (
-        "retinanet_resnet50_fpn",
-        {**CLASSES, "detections_per_img": 3, "min_size": 64, "max_size": 64},
-        IMAGE,
-    ),
     "torchvision efficientnet": ("efficientnet_b0", CLASSES, IMAGE),
     "torchvision googlenet": ("googlenet", CLASSES, IMAGE),
-    "torchvision inception": (
-        "inception_v3",
-        {**CLASSES, "init_weights": False, "aux_logits": False},
-        (3, 75, 75),
-    ),
     "torchvision mnasnet": ("mnasnet0_5", CLASSES, IMAGE),
     "torchvision mobilenetv2": ("mobilenet_v2", CLASSES, IMAGE),
     "torchvision mobilenetv3": ("mobilenet_v3_small", CLASSES, IMAGE),
     "torchvision optical_flow.raft": ("raft_small", {}, (3, 128, 128)),
-    "torchvision quantization.googlenet": ("quantized_googlenet", CLASSES, IMAGE),
     "torchvision quantization.mobilenetv2": ("quantized_mobilenet_v2", CLASSES, IMAGE),
     "torchvision quantization.mobilenetv3": ("quantized_mobilenet_v3_large", CLASSES, IMAGE),
     "torchvision quantization.resnet": ("quantized_resnet18", CLASSES, IMAGE),
     "torchvision quantization.shufflenetv2": ("quantized_shufflenet_v2_x0_5", CLASSES, IMAGE),
-    "torchvision regnet": ("regnet_x_400mf", CLASSES, IMAGE),
     "torchvision resnet": ("resnext50_32x4d", CLASSES, IMAGE),
     "torchvision segmentation.deeplabv3": ("deeplabv3_mobilenet_v3_large", CLASSES, IMAGE),
-    "torchvision segmentation.fcn": ("fcn_resnet50", CLASSES, (3, 32, 32)),
     "torchvision segmentation.lraspp": ("lraspp_mobilenet_v3_large", CLASSES, IMAGE),
     "torchvision shufflenetv2": ("shufflenet_v2_x0_5", CLASSES, IMAGE),
     "torchvision squeezenet": ("squeezenet1_1", CLASSES, IMAGE),
@@ -265,7 +250,14 @@ FAMILIES = {
 """Family to name, options, and shape of one input."""
 
 LEFT_TO_THE_BENCHMARK = {
+    "timm nasnet": "1,500 modules whatever its options",
     "timm pnasnet": "86 million parameters and 1,600 sites whatever its options",
+    "torchvision densenet": "of the structure of timm's",
+    "torchvision detection.retinanet": "backbone and heads as in fcos",
+    "torchvision inception": "of the structure of timm's",
+    "torchvision quantization.googlenet": "torchvision googlenet with other additions",
+    "torchvision regnet": "of the structure of timm's",
+    "torchvision segmentation.fcn": "deeplabv3 with a simpler head",
     "torchvision detection.keypoint_rcnn": "key points are found box by box, for minutes",
     "torchvision detection.mask_rcnn": "masks are pasted box by box, for minutes",
     "torchvision detection.ssd": "pictures are always made 300 pixels wide",
@@ -277,7 +269,7 @@ LEFT_TO_THE_BENCHMARK = {
     "torchvision video.s3d": "14 frames of 224 pixels",
     "torchvision video.swin_transformer": "takes minutes",
 }
-"""Families whose smallest models take too long here, with the reason."""
+"""Families whose smallest models take too long here or repeat a structure, with the reason."""
 
 
 @pytest.mark.filterwarnings("ignore")  # of timm and torchvision about themselves
