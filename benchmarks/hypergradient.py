@@ -39,7 +39,7 @@ import torch
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 
-from benchmarks.ingredients import OPPOSITE
+from benchmarks.ingredients import SINGLE
 from benchmarks.step_cost import RESULTS, circumstances
 from benchmarks.tasks import Data, Task, fashion_mnist, image_mlp, mnist, momentum, three_dropouts
 from benchmarks.truth import (
@@ -58,7 +58,7 @@ from stnify import Declaration, Dropout, WeightDecay, presets
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": presets.paper(),
     "default": {},
-    "opposite perturbations": OPPOSITE,
+    "single perturbations": SINGLE,
     "gate": {"response": "gate"},
 }
 """Name to what ``stnify`` is called with."""

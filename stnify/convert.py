@@ -14,7 +14,7 @@ from stnify.augment import MIXES, Stats
 from stnify.bundle import STN
 from stnify.checks import refuse_arguments, refuse_distributed, refuse_empty, refuse_model
 from stnify.compiled import CompiledForward
-from stnify.declare import Hyperparameters, Pattern, declarations
+from stnify.declare import Hyperparameters, L1Penalty, Pattern, WeightDecay, declarations
 from stnify.errors import (
     DeclarationError,
     TraceError,
@@ -61,8 +61,8 @@ def stnify(
     valid_loader: Iterable[Any] | None = None,
     method: str = "delta",
     response: ResponseKind = "full",
-    response_fraction: float = 1.0,
-    antithetic: bool = False,
+    response_fraction: float | None = None,
+    antithetic: bool | None = None,
     response_every: int = 3,
     train_steps: int = 5,
     valid_steps: int = 1,
@@ -99,10 +99,11 @@ def stnify(
             ``stn.validation_step(batch)``.
         method: ``"delta"``, ``"centered"``, ``"stn"`` or ``"fixed"``.
         response: ``"full"``, or ``"gate"`` for gates of the general weights alone.
-        response_fraction: Leading part of each (shuffled) batch the response step uses; less than 1
-            asks for batches whose leading part makes sense by itself.
+        response_fraction: Leading part of each (shuffled) batch the response step uses; None for
+            all of it, or for half of a batch ``(inputs, target)`` whose examples are used twice.
         antithetic: Whether the response step takes each of these examples twice, with opposite
-            perturbations under the same noise, at twice the cost.
+            perturbations under the same noise, at twice the cost; None where a decay is tuned,
+            whose effect is small beside the noise that a pair cancels.
         response_every: Training steps for each response step.
         train_steps: Training steps between validation steps.
         valid_steps: Validation steps each time.
@@ -167,6 +168,11 @@ def stnify(
         total_steps,
         tunes=chosen.tunes,
     )
+    declared = declarations(hparams)
+    if antithetic is None:
+        antithetic = any(isinstance(each, WeightDecay | L1Penalty) for each in declared)
+    if response_fraction is None:
+        response_fraction = 0.5 if antithetic and forward_loss is None else 1.0
     cadence = Cadence(
         train_steps=train_steps,
         valid_steps=valid_steps,
@@ -177,7 +183,6 @@ def stnify(
         entropy_weight=entropy_weight,
         tune_scale=tune_scale,
     )
-    declared = declarations(hparams)
     refuse_empty(train_loader, "train_loader")
     refuse_empty(valid_loader, "valid_loader")
     device, dtype = _place(model)

@@ -108,7 +108,9 @@ def convert(model: nn.Module, hparams: Any, optimizer: Any = None, **options: An
         "warmup_steps": 0,
         "train_steps": 1,
         "seed": 0,
+        "antithetic": False,
         "response_every": 1,
+        "response_fraction": 1.0,
         "scale": 1.0,
     }
     if "response_optimizer" not in options:

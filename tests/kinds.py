@@ -161,6 +161,7 @@ class Kind:
             "valid_loader": [self.batch(1, dtype)],
             "warmup_steps": 0,
             "train_steps": 1,
+            "antithetic": False,
             "response_lr": 1.0,
             "response_every": 1,
             "verify": False,

@@ -389,7 +389,6 @@ def test_all_kinds_of_step_run(case):
         warmup_steps=0,
         example_inputs=as_example((args, kwargs)) if case.optional else None,
         verify=False,
-        antithetic=True,
         seed=0,
     )
     start = stn.values()

@@ -30,7 +30,7 @@ def double_precision():
 @pytest.fixture(params=[False, True], ids=["paper", "antithetic"])
 def settings(request) -> dict[str, bool | float]:
     """Settings of the response step: the papers', and opposite perturbations."""
-    return {"antithetic": request.param, "response_every": 1}
+    return {"antithetic": request.param, "response_fraction": 1.0, "response_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -220,12 +220,12 @@ def test_delta_reaches_the_jacobian_with_its_own_draws(diabetes, interval, inner
 
 
 def test_delta_reaches_the_jacobian_by_default_settings(diabetes):
-    """Adam, at every third step."""
+    """Adam and opposite perturbations, now and then, on half of a batch that repeats itself."""
     decay = WeightDecay(init=DECAY, range=LINEAR, scale=NARROW, per_example=False)
     stn = tuned_ridge("delta", decay, learning_rate=0.1, momentum=0.9)
     optimum, expected = ridge(*diabetes, DECAY), ridge_jacobian(*diabetes, DECAY)
     stn.model.weight.data.copy_(optimum.t())
-    train(stn, diabetes, 4000, anneal=True)
+    train(stn, repeated(diabetes, 2), 4000, anneal=True)
     assert torch.allclose(stn.model.weight.t(), optimum, atol=1e-12)
     # Steps of Adam anneal to nothing; draws leave noise of the order of the scale.
     assert relative_error(jacobian(stn), expected) < 1e-3
