@@ -24,11 +24,15 @@ def attributes_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     values = [value for _, attributes in before for value in attributes.values()]
     held = contents(values)
+    inside = [entry for holder, _ in held for entry in _entries(holder)]
     registered = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     tensors = [
         (tensor, tensor._version, tensor.detach().clone())
-        for tensor in kept_tensors(values)
-        if id(tensor) not in registered and tensor.grad_fn is None and not tensor.is_inference()
+        for tensor in [*values, *inside]
+        if isinstance(tensor, Tensor)
+        and id(tensor) not in registered
+        and tensor.grad_fn is None
+        and not tensor.is_inference()
     ]
     added: dict[str, Any] = {}
     known = set(model.__dict__) | set(model._buffers)
@@ -98,25 +102,22 @@ def contents(values: Iterable[Any]) -> list[tuple[Any, Any]]:
 
 def content(holder: Any) -> Any:
     """Return a copy of what a holder holds; of a generator its state."""
+    if isinstance(holder, dict):
+        return dict(holder)
+    if isinstance(holder, list | set):
+        return list(holder)
     generator = _generator(holder)
-    if generator is not None:
-        return generator[0]()
-    match holder:
-        case dict():
-            return dict(holder)
-        case list() | set():
-            return list(holder)
-        case _:
-            return dict(vars(holder))
+    return dict(vars(holder)) if generator is None else generator[0]()
 
 
 def put_back(holder: Any, content: Any) -> None:
     """Let a holder hold what ``content`` said it did."""
-    generator = _generator(holder)
+    contained = isinstance(holder, dict | list | set)
+    generator = None if contained else _generator(holder)
     if generator is not None:
         generator[1](content)
         return
-    target = holder if isinstance(holder, dict | list | set) else vars(holder)
+    target = holder if contained else vars(holder)
     target.clear()
     target.extend(content) if isinstance(target, list) else target.update(content)
 
@@ -124,29 +125,35 @@ def put_back(holder: Any, content: Any) -> None:
 def same_content(holder: Any, before: Any) -> bool:
     """Whether a holder still holds the very same objects; a generator, the same state."""
     now = content(holder)
-    if _generator(holder) is not None:
-        return repr(_numbers(now)) == repr(_numbers(before))
-    if isinstance(now, dict):
+    if isinstance(holder, dict) or _plain(holder):
         same = list(map(id, now)) == list(map(id, before))
-        now, before = list(now.values()), list(before.values())
-        return same and list(map(id, now)) == list(map(id, before))
-    return list(map(id, now)) == list(map(id, before))
+        return same and list(map(id, now.values())) == list(map(id, before.values()))
+    if isinstance(holder, list | set):
+        return list(map(id, now)) == list(map(id, before))
+    return repr(_numbers(now)) == repr(_numbers(before))
 
 
 def _holds(value: Any) -> bool:
+    if type(value) in PASSIVE:
+        return False
     return isinstance(value, dict | list | set) or bool(_generator(value)) or _plain(value)
 
 
+PASSIVE = {bool, int, float, complex, str, bytes, tuple, type(None), nn.Parameter, Tensor}
+"""Frequent types that hold nothing code could change, but for the numbers of tensors."""
+
+
 def _entries(holder: Any) -> list[Any]:
-    if _generator(holder) is not None:
-        return []
-    entries = content(holder)
-    return list(entries.values()) if isinstance(entries, dict) else entries
+    if isinstance(holder, dict):
+        return list(holder.values())
+    if isinstance(holder, list | set):
+        return list(holder)
+    return list(vars(holder).values()) if _plain(holder) else []
 
 
 def _plain(value: Any) -> bool:
     """Whether a value is an object of the user's, with attributes of its own."""
-    if isinstance(value, nn.Module | Tensor | type | ModuleType) or callable(value):
+    if isinstance(value, nn.Module | Tensor | type | ModuleType | random.Random) or callable(value):
         return False
     return isinstance(getattr(value, "__dict__", None), dict)
 

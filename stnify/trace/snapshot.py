@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
-from stnify.untouched import contents, put_back, same_content
+from stnify.untouched import PASSIVE, contents, put_back, same_content
 
 CONSTANT = "_tensor_constant"
 """How fx names the tensors made while tracing, which it keeps on the root."""
@@ -70,7 +70,7 @@ class _Part:
         self._contents = {
             name: contents([value])
             for name, value in self._values.items()
-            if name not in _REGISTRIES and module.training
+            if module.training and name not in _REGISTRIES and type(value) not in PASSIVE
         }
         self._made = _made_by_hooks(module)
 
