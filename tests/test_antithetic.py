@@ -3,8 +3,9 @@
 import pytest
 import torch
 from cases import IDLE, batches, convert, convolutional_network, perceptron, train
+from torch import nn
 
-from stnify import Dropout, WeightDecay
+from stnify import Dropout, L1Penalty, WeightDecay, stnify
 from stnify.perturb import opposite, training_perturbation
 from stnify.step import response_step
 
@@ -70,6 +71,25 @@ def test_what_does_not_depend_on_the_perturbation_cancels(make):
     noise = max(float(g.abs().max()) for g in single.values())
     assert max(float(g.abs().max()) for g in pair.values()) < 1e-5 * noise
     assert noise > 0
+
+
+@pytest.mark.parametrize(
+    ("hparams", "options", "expected"),
+    [
+        ([WeightDecay()], {}, (True, 0.5)),
+        ([Dropout(after="0"), L1Penalty()], {}, (True, 0.5)),
+        ([Dropout(after="0")], {}, (False, 1.0)),
+        ([WeightDecay()], {"forward_loss": lambda model, batch: model(batch).mean()}, (True, 1.0)),
+        ([WeightDecay()], {"antithetic": False}, (False, 1.0)),
+        ([Dropout(after="0")], {"antithetic": True}, (True, 0.5)),
+        ([WeightDecay()], {"response_fraction": 1.0}, (True, 1.0)),
+    ],
+)
+def test_perturbations_are_opposite_by_default_where_a_decay_is_tuned(hparams, options, expected):
+    model = nn.Sequential(nn.Linear(4, 3))
+    loss = {} if "forward_loss" in options else {"criterion": nn.functional.cross_entropy}
+    cadence = stnify(model, hparams, **loss, **options)._tuner.cadence
+    assert (cadence.antithetic, cadence.response_fraction) == expected
 
 
 def test_two_examples_are_enough_for_batch_norm():
