@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -22,17 +22,13 @@ def attributes_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
     registered are the caller's concern.
     """
     before = [(module, dict(module.__dict__)) for module in model.modules()]
-    values = [value for _, attributes in before for value in attributes.values()]
+    registries = [entry for _, attributes in before for entry in _registries(attributes)]
+    values = [value for _, attributes in before for value in own_values(attributes)]
     held = contents(values)
-    inside = [entry for holder, _ in held for entry in _entries(holder)]
-    registered = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     tensors = [
         (tensor, tensor._version, tensor.detach().clone())
-        for tensor in [*values, *inside]
-        if isinstance(tensor, Tensor)
-        and id(tensor) not in registered
-        and tensor.grad_fn is None
-        and not tensor.is_inference()
+        for tensor in _not_registered(model, _tensors(values, [holder for holder, _ in held]))
+        if tensor.grad_fn is None and not tensor.is_inference()
     ]
     added: dict[str, Any] = {}
     known = set(model.__dict__) | set(model._buffers)
@@ -44,8 +40,9 @@ def attributes_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
         for module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-        for holder, content in held:
-            put_back(holder, content)
+        for holder, content in [*registries, *held]:
+            if holder or content:
+                put_back(holder, content)
         with torch.no_grad():
             for tensor, version, value in tensors:
                 if tensor._version != version:
@@ -65,6 +62,22 @@ def state_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
         random.setstate(states[1])
         if numpy:
             numpy.random.set_state(states[2])
+
+
+def _registries(attributes: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield each registry of a module and a copy of what it holds."""
+    for name in REGISTRIES:
+        registry = attributes.get(name)
+        if isinstance(registry, dict | set):
+            yield registry, content(registry) if registry else ()
+
+
+def _not_registered(model: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors that are neither parameters nor buffers."""
+    if not tensors:
+        return []
+    registered = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    return [tensor for tensor in tensors if id(tensor) not in registered]
 
 
 # What attributes hold -----------------------------------------------------------------------------
@@ -91,8 +104,16 @@ def holders(values: Iterable[Any]) -> Iterator[Any]:
 def kept_tensors(values: Iterable[Any]) -> list[Tensor]:
     """Return the tensors among ``values`` and in what ``holders`` finds there."""
     given = list(values)
-    inside = [entry for holder in holders(given) for entry in _entries(holder)]
-    return [value for value in [*given, *inside] if isinstance(value, Tensor)]
+    return _tensors(given, holders(given))
+
+
+def own_values(attributes: Mapping[str, Any]) -> list[Any]:
+    """Return what a module's attributes hold, but for the registries every module has."""
+    return [value for name, value in attributes.items() if name not in REGISTRIES]
+
+
+REGISTRIES = set(nn.Module().__dict__)
+"""Attributes of every module: of its parameters, buffers, modules and hooks, and its mode."""
 
 
 def contents(values: Iterable[Any]) -> list[tuple[Any, Any]]:
@@ -131,6 +152,11 @@ def same_content(holder: Any, before: Any) -> bool:
     if isinstance(holder, list | set):
         return list(map(id, now)) == list(map(id, before))
     return repr(_numbers(now)) == repr(_numbers(before))
+
+
+def _tensors(values: Iterable[Any], holders: Iterable[Any]) -> list[Tensor]:
+    inside = [entry for holder in holders for entry in _entries(holder)]
+    return [value for value in [*values, *inside] if isinstance(value, Tensor)]
 
 
 def _holds(value: Any) -> bool:

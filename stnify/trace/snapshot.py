@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
-from stnify.untouched import PASSIVE, contents, put_back, same_content
+from stnify.untouched import PASSIVE, REGISTRIES, contents, put_back, same_content
 
 CONSTANT = "_tensor_constant"
 """How fx names the tensors made while tracing, which it keeps on the root."""
@@ -70,7 +70,7 @@ class _Part:
         self._contents = {
             name: contents([value])
             for name, value in self._values.items()
-            if module.training and name not in _REGISTRIES and type(value) not in PASSIVE
+            if module.training and name not in REGISTRIES and type(value) not in PASSIVE
         }
         self._made = _made_by_hooks(module)
 
@@ -86,9 +86,10 @@ class _Part:
 
     def _others(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
         for name, value in now.items():
-            same = name in before and before[name] is value
+            if name in before and before[name] is value:
+                continue
             ignored = name.startswith(CONSTANT) or name in self._made
-            if not (same or ignored or isinstance(value, UnknownWhileTracing)):
+            if not (ignored or isinstance(value, UnknownWhileTracing)):
                 yield name
 
     def restore(self) -> None:
@@ -105,7 +106,6 @@ class _Part:
 
 
 REGISTERED = ("_parameters", "_buffers", "_modules")
-_REGISTRIES = set(nn.Module().__dict__)
 
 
 def _made_by_hooks(module: nn.Module) -> set[str]:
