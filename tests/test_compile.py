@@ -1,6 +1,11 @@
-"""Every pass compiles as one graph, agrees with eager, and does not recompile when lambda moves."""
+"""Every pass compiles as one graph, agrees with eager, and does not recompile when lambda moves.
+
+Real architectures are compiled as far as the graphs that kernels are made from; kernels themselves,
+which take a C++ compiler half a minute each, are made for one small network.
+"""
 
 import warnings
+from functools import partial
 
 import pytest
 import timm
@@ -20,10 +25,15 @@ from stnify import (
 from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.perturb import Perturbation, training_perturbation
 
+
+
+def convolutions() -> nn.Module:
+    head = [nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 4)]
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), *head)
+
+
 MODELS = {
-    "perceptron": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.ReLU(), nn.Linear(8, 4)
-    ),
+    "kernels": convolutions,
     "resnet": lambda: timm.models.ResNet(
         timm.models.resnet.BasicBlock,
         [1, 1, 1, 1],
@@ -35,6 +45,9 @@ MODELS = {
         "vit_tiny_patch16_224", num_classes=4, img_size=32, depth=1, embed_dim=16, num_heads=2
     ),
 }
+BACKENDS = {"kernels": "inductor"}
+"""By name of the model; "aot_eager" otherwise, which differentiates and lowers graphs alike."""
+
 NO_DROPOUT = 1e-9
 """A rate so low that no mask of these tests drops anything; zero itself is at infinity."""
 TOLERANCE = {"rtol": 1e-7, "atol": 1e-9}
@@ -60,11 +73,21 @@ def _stn(request):
 
 
 @pytest.fixture(name="fullgraph")
-def _fullgraph():
+def _fullgraph(request):
     """Compile functions as one graph each; compiling again for other values raises."""
     torch._dynamo.reset()
+    backend = BACKENDS.get(request.node.callspec.params["stn"], "aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        yield lambda function: torch.compile(function, fullgraph=True)
+        yield partial(torch.compile, fullgraph=True, backend=backend)
+    torch._dynamo.reset()
+
+
+@pytest.fixture(name="without_kernels")
+def _without_kernels(monkeypatch):
+    """Let the public switch compile without kernels."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield
     torch._dynamo.reset()
 
 
@@ -123,7 +146,7 @@ def test_whole_steps_compile_through_the_public_switch():
     results = []
     for switch in (True, False):
         torch.manual_seed(0)
-        model = MODELS["perceptron"]().double()
+        model = convolutions().double()
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         stn = stnify(
             model,
@@ -165,10 +188,10 @@ class Attending(nn.Module):
         return found.mean(1) @ self.mixing
 
 
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("recurrent", [False, True], ids=["one graph", "no graph"])
 def test_watched_calls_compile_as_one_graph_or_run_eagerly_with_a_warning(recurrent):
     gradients = []
-    torch._dynamo.reset()
     inputs = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0)).double()
     for switch in (False, True):
         torch.manual_seed(0)
@@ -194,7 +217,6 @@ def test_watched_calls_compile_as_one_graph_or_run_eagerly_with_a_warning(recurr
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, **TOLERANCE)
         assert one.abs().max() > 1e-6
-    torch._dynamo.reset()
 
 
 def test_augmentations_compile_and_still_refuse_other_units():
@@ -223,9 +245,9 @@ def test_augmentations_compile_and_still_refuse_other_units():
     torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_a_penalty_that_differentiates_runs_beside_compiled_passes():
     """PyTorch cannot differentiate compiled code twice; the penalty's own pass is eager."""
-    torch._dynamo.reset()
     steps = {}
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -234,4 +256,3 @@ def test_a_penalty_that_differentiates_runs_beside_compiled_passes():
         assert not stn.model._stnify.eager
     # Float32, summed in another order, over five steps.
     assert steps[True] == pytest.approx(steps[False], rel=1e-4)
-    torch._dynamo.reset()
