@@ -98,12 +98,14 @@ class WeightCalls(TorchFunctionMode):
     ) -> Any:
         """Apply the rule of ``func`` if there is one and it receives a known weight."""
         kwargs = kwargs or {}
+        rule = WEIGHT_CALLS.get(func)
+        if rule is None and not self.parameters:
+            return func(*args, **kwargs)
         alone = any(self.responds_alone(value) for value in _flat((args, kwargs)))
         if alone and not _describes(func):
             if func in MEETINGS:
                 return MEETINGS[func](self, func, args, kwargs)
             args, kwargs = tree_map_only(Tensor, self.mean, (args, kwargs))
-        rule = WEIGHT_CALLS.get(func)
         if rule is None or not any(self.knows(value) for value in _flat((args, kwargs))):
             return func(*args, **kwargs)
         if self.response_input is not None and _hidden(args):
