@@ -211,7 +211,7 @@ def test_delta_reaches_the_jacobian_with_its_own_draws(diabetes, interval, inner
     )
     optimum, expected = ridge(*diabetes, DECAY), inner * ridge_jacobian(*diabetes, DECAY)
     stn.model.weight.data.copy_(optimum.t())
-    train(stn, diabetes, 1600, anneal=True)
+    train(stn, diabetes, 900, anneal=True)
     assert torch.allclose(stn.model.weight.t(), optimum, atol=1e-12)
     # Draws leave noise of the order of the scale; the exponential's curvature shifts the fixed
     # point by the order of the scale squared.
