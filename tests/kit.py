@@ -13,6 +13,7 @@ ASSERTIONS = {
         "rows_independent",
         "linear_in_perturbation",
         "tangent_matches_differences",
+        "perturbation_exact",
         "gradients_separated",
         "export_exact",
         "state_roundtrip",

@@ -26,7 +26,6 @@ from stnify.linearize import linearized_forward, perturbed_forward
 from stnify.perturb import Perturbation, training_perturbation
 
 
-
 def convolutions() -> nn.Module:
     head = [nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 4)]
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), *head)

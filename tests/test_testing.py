@@ -63,6 +63,19 @@ def inside() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), Branching(nn.Sequential(nn.Tanh(), nn.Linear(5, 3))))
 
 
+class Normalised(nn.Module):
+    """Computes a weight from its parameters, and never calls one of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+        self.idle = nn.Linear(5, 5)
+        self.second = nn.Linear(5, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(self.first(inputs).tanh())
+
+
 TOKENS = torch.arange(10).reshape(2, 5) % 7
 
 GOOD = {
@@ -77,6 +90,7 @@ GOOD = {
     "tokens": (Tagger, {"tokens": TOKENS, "mask": torch.ones(2, 5)}, None),
     "folded": (lambda: Folded(nn.Linear(4, 3)), normal(2, 5, 4), None),
     "swapped": (inside, normal(3, 4), [Dropout(at="input"), WeightDecay()]),
+    "normalised": (Normalised, normal(3, 4), None),
     "twice": (lambda: Twice(nn.Linear(4, 4)), normal(3, 4), None),
 }
 """Models, inputs and hyperparameters that are converted exactly."""
@@ -198,6 +212,13 @@ class AddedTwice(HyperLinear):
         given = forward_ad.unpack_dual(inputs).primal
         change = self.change(given, weight, bias, response_input, primal, **arguments)
         return forward_ad.make_dual(primal, tangent + change)
+
+
+class Doubled(HyperLinear):
+    """Every pass responds twice as much as the weights say."""
+
+    def change(self, inputs, weight, bias, response_input, outputs, **arguments):
+        return 2 * super().change(inputs, weight, bias, response_input, outputs, **arguments)
 
 
 class Quadratic(HyperLinear):
@@ -330,6 +351,7 @@ MISTAKES = {
     "rolled broadcast": lambda stn: break_layer(stn, "0", RolledBroadcast),
     "rolled in training": lambda stn: break_layer(stn, "0", RolledInTraining),
     "response added twice": lambda stn: break_layer(stn, "0", AddedTwice),
+    "response doubled": lambda stn: break_layer(stn, "0", Doubled),
     "quadratic response": lambda stn: break_layer(stn, "0", Quadratic),
     "restless zero": lambda stn: break_layer(stn, "0", RestlessZero),
     "mask drawn twice": draw_twice,
@@ -351,11 +373,16 @@ CAUGHT = {
     "response added twice": {
         "tangent_matches_differences": r"must be the derivative.*first to differ is module '0'"
     },
+    "response doubled": {
+        "perturbation_exact": r"with the perturbed weights.*first to differ is module '0'"
+    },
     "quadratic response": {
+        "perturbation_exact": r"with the perturbed weights.*first to differ is module '0'",
         "linear_in_perturbation": r"a linear map.*first to differ is module '0'",
         "tangent_matches_differences": r"must be the derivative.*first to differ is module '0'",
     },
     "restless zero": {
+        "perturbation_exact": r"with the perturbed weights.*first to differ is module '0'",
         "identity": r"zeros must change nothing.*first to differ is module '0'",
         "tangent_matches_differences": r"must be the derivative.*first to differ is module '0'",
     },
@@ -464,6 +491,22 @@ class Total(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return super().forward(inputs).sum()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in ASSERTIONS if name not in {"identity", "rows_independent"}],
+)
+def test_a_prediction_of_integers_cannot_be_differentiated(name):
+    with pytest.raises(UsageError, match=r"must hold real numbers to be differentiated.*argmax"):
+        ASSERTIONS[name](nn.Sequential(nn.Linear(4, 3), Choice()), normal(5, 4))
+
+
+class Choice(nn.Module):
+    """Returns indices."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.argmax(-1)
 
 
 def test_a_prediction_without_examples_is_refused():
@@ -605,6 +648,7 @@ BROKEN_LAYERS = {
     RolledBroadcast: "a row of RolledBroadcast",
     AlwaysTwice: "a row of AlwaysTwice",
     AddedTwice: "the tangent of AddedTwice",
+    Doubled: "a row of Doubled",
     Quadratic: "a row of Quadratic",
     RestlessZero: "the layer at zero of RestlessZero",
     StaleWeight: "the plain layer of StaleWeight",

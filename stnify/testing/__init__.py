@@ -13,6 +13,9 @@ from stnify.testing.contract import HyperLayerContract as HyperLayerContract
 from stnify.testing.exactness import assert_export_exact as assert_export_exact
 from stnify.testing.exactness import assert_identity as assert_identity
 from stnify.testing.exactness import assert_state_roundtrip as assert_state_roundtrip
+from stnify.testing.materialization import (
+    assert_perturbation_exact as assert_perturbation_exact,
+)
 from stnify.testing.perturbations import (
     assert_linear_in_perturbation as assert_linear_in_perturbation,
 )

@@ -44,9 +44,28 @@ def idle() -> list[Declaration]:
 
 
 def mean_square(prediction: Any) -> Tensor:
-    """Return the mean of the squares of every real number in a prediction, ``()``."""
-    squares = [t.square().mean() for t in tensors(prediction) if t.is_floating_point()]
+    """Return the mean of the squares of every real number in a prediction, ``()``.
+
+    Raises:
+        UsageError: There is none.
+    """
+    squares = [t.square().mean() for t in real(tensors(prediction))]
     return torch.stack(squares).sum()
+
+
+def real(values: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors of real numbers.
+
+    Raises:
+        UsageError: There is none, and nothing that could be differentiated.
+    """
+    found = [value for value in values if value.is_floating_point()]
+    if not found:
+        raise UsageError(
+            "a prediction must hold real numbers to be differentiated, but every tensor in it "
+            "holds integers or booleans. Test the model without its last step, such as `argmax`."
+        )
+    return found
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -182,11 +201,15 @@ class Subject:
         with self.model._stnify.buffers_restored():
             yield
 
+    def layouts(self) -> dict[str, str]:
+        """Measure whom rows belong to; return it in words for each layer."""
+        words = verify(self.model, *tree_map_only(Tensor, torch.clone, self.inputs))
+        layers = [name for name in words if name.startswith("layers.")]
+        return {name.removeprefix("layers."): words[name] for name in layers}
+
     def shared_sites(self) -> list[str]:
         """Measure whom rows belong to; return the layers where they belong to no example."""
-        words = verify(self.model, *tree_map_only(Tensor, torch.clone, self.inputs))
-        sites = [name for name, word in words.items() if word.startswith("shared")]
-        return [name.removeprefix("layers.") for name in sites if name.startswith("layers.")]
+        return [name for name, word in self.layouts().items() if word.startswith("shared")]
 
     @torch.no_grad()
     def close(self, layers: Iterable[str]) -> None:

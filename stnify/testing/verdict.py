@@ -4,6 +4,7 @@ from typing import Any
 
 from stnify.errors import StnifyError
 from stnify.testing.exactness import check_identity
+from stnify.testing.materialization import check_perturbation
 from stnify.testing.perturbations import check_finite, check_linear, check_rows, check_tangent
 from stnify.testing.subject import Hparams, Model, prepared, refuse_arguments
 
@@ -21,7 +22,8 @@ def converts_or_refuses(
         model: Any module, or an STN.
         inputs: Of the model; a single example is repeated.
         hparams: Of the conversion.
-        thorough: Also compare the linearised pass with differences, in float64.
+        thorough: Also compare the linearised pass with differences, and the perturbed one with
+            perturbed weights, in float64.
 
     Raises:
         AssertionError: The model is converted, and something is wrong without a word.
@@ -37,6 +39,7 @@ def converts_or_refuses(
             with prepared(model, inputs, hparams, double=True) as subject:
                 check_tangent(subject)
                 check_linear(subject)
+                check_perturbation(subject)
     except StnifyError as refusal:
         return f"{type(refusal).__name__}: {refusal}"
     return None
