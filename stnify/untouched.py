@@ -40,9 +40,11 @@ def attributes_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
         for module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-        for holder, content in [*registries, *held]:
-            if holder or content:
-                put_back(holder, content)
+        for registry, entries in registries:
+            if registry or entries:
+                put_back(registry, entries)
+        for holder, content in held:
+            put_back(holder, content)
         with torch.no_grad():
             for tensor, version, value in tensors:
                 if tensor._version != version:

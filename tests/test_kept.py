@@ -361,3 +361,30 @@ def test_lengths_of_packed_sequences_may_be_equal(lengths):
     inputs = torch.randint(30, (5, 7)), torch.tensor(lengths)
     stn = convert(Tagger(), [IDLE], example_inputs=inputs)
     assert {site.layout.split()[0] for site in stn.plan.weights} == {"batch"}
+
+
+class Ambiguous:
+    """Has attributes, and no truth value, as tables of numbers have none."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value is ambiguous")
+
+
+def test_an_object_without_a_truth_value_may_be_kept():
+    class Keeping(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.table = Ambiguous()
+
+        def forward(self, inputs):
+            self.table.calls += 1
+            return super().forward(inputs)
+
+    model, inputs = Keeping(), torch.randn(3, 4)
+    stn = convert(model, [WeightDecay()], example_inputs=inputs)
+    assert model.table.calls == 0
+    stn.model.train()(inputs)
+    assert model.table.calls == 1
