@@ -179,6 +179,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
         "export",
         "layers",
+        "layouts",
         "linearize",
         "objective",
         "perturb",

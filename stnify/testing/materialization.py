@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stnify.layouts import UNSEEN
 from stnify.testing.differences import Step, first_difference, record
 from stnify.testing.subject import Hparams, Model, Subject, prepared, real, tensors
-
-UNCALLED = "shared (never called)"
 
 
 def assert_perturbation_exact(
@@ -37,7 +36,7 @@ def assert_perturbation_exact(
 def check_perturbation(subject: Subject, tolerance: float = 1e-8) -> None:
     """Do what ``assert_perturbation_exact`` does; what is left out is closed afterwards."""
     subject = subject.several()
-    uncalled = [name for name, word in subject.layouts().items() if word == UNCALLED]
+    uncalled = [name for name, word in subject.layouts().items() if word in UNSEEN]
     subject.close([*uncalled, *_of_computed_weights(subject)])
     response_input = subject.draw()[:1].repeat(subject.batch, 1)
     perturbed = partial(subject.perturbed, response_input)
