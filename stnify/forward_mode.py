@@ -11,8 +11,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from stnify.composites import (
     RECURRENT_CELLS,
@@ -290,6 +292,67 @@ FORWARD_MODE_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
 """Operator to the decomposition used in the linearised pass, and only there."""
 
 
+LINEAR_OPERATORS = {
+    "torchvision::roi_align",
+    "torchvision::ps_roi_align",
+    "torchvision::ps_roi_pool",
+}
+"""Operators of other libraries that are linear in their first argument and constant in all others.
+
+They have no forward-mode derivative, and may lose a tangent without an error.
+"""
+
+
+def _is_custom(func: Callable[..., Any]) -> bool:
+    """Whether a function is an operator that another library has registered."""
+    registered = isinstance(func, OpOverloadPacket | OpOverload)
+    return registered and not _operator(func).startswith(("aten::", "prim::", "prims::"))
+
+
+def _operator(func: Any) -> str:
+    packet = func.overloadpacket if isinstance(func, OpOverload) else func
+    return str(packet._qualified_op_name)
+
+
+def _custom(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call an operator of another library, with a rule if it has one.
+
+    Raises:
+        NotImplementedError: It has none and loses a tangent.
+    """
+    name = _operator(func)
+    if name in LINEAR_OPERATORS:
+        inputs, *others = args
+        primals = tree_map_only(Tensor, _primal, (others, kwargs))
+        primal, tangent = forward_ad.unpack_dual(inputs)
+        outputs = func(primal, *primals[0], **primals[1])
+        if tangent is None:
+            return outputs
+        return tree_map(_with_tangent, outputs, func(tangent, *primals[0], **primals[1]))
+    outputs = func(*args, **kwargs)
+    if _moves((args, kwargs)) and _numbers(outputs) and not _moves(outputs):
+        raise NotImplementedError(f"Trying to use forward AD with {name} that does not support it")
+    return outputs
+
+
+def _primal(value: Tensor) -> Tensor:
+    return forward_ad.unpack_dual(value).primal
+
+
+def _with_tangent(primal: Tensor, tangent: Tensor) -> Tensor:
+    return forward_ad.make_dual(primal, tangent) if primal.is_floating_point() else primal
+
+
+def _moves(nested: Any) -> bool:
+    """Whether a tensor in there has a tangent."""
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in _numbers(nested))
+
+
+def _numbers(nested: Any) -> list[Tensor]:
+    leaves = [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in leaves if tensor.is_floating_point()]
+
+
 class ForwardModeRules(TorchFunctionMode):
     """Replaces the operators in ``FORWARD_MODE_RULES`` while active, also inside leaf modules."""
 
@@ -303,4 +366,6 @@ class ForwardModeRules(TorchFunctionMode):
         """Call the decomposition of ``func`` if there is one."""
         if func is torch.autograd.grad:
             _refuse_derivative(*args, **(kwargs or {}))
+        if _is_custom(func):
+            return _custom(func, *args, **(kwargs or {}))
         return FORWARD_MODE_RULES.get(func, func)(*args, **(kwargs or {}))
