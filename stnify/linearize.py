@@ -9,7 +9,7 @@ double backward of the official ``utils/linearize_utils.py``, which fails with B
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -210,9 +210,12 @@ def _constant_call(
 
 def _attributes_kept(graph: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which code that is not traced changes the model's attributes in vain."""
-    if not _tunables(graph).untraced or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return nullcontext()
-    return attributes_restored(graph)
+    kept = ExitStack()
+    for name in _tunables(graph).own_code:
+        kept.enter_context(attributes_restored(graph.get_submodule(name)))
+    return kept
 
 
 def _tunables(graph: nn.Module) -> Tunables:

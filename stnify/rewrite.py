@@ -131,7 +131,7 @@ def rewrite(
         UnsupportedModuleError: The model has a part of a name that is stnify's own.
     """
     _refuse_own_names(model)
-    tunables = Tunables(space, model, stream, untraced=bool(plan.traced.opaque))
+    tunables = Tunables(space, model, stream)
     tunables.augment = _augment(plan, space, input_stats)
     for name, tensor in plan.traced.constants.items():
         tunables.constants.register_buffer(name, tensor.detach(), persistent=False)
@@ -175,6 +175,7 @@ def rewrite(
     _keep_whole(copy, plan, tunables)
     swaps.place(copy, tunables, inputs)
     copy.lint()
+    tunables.own_code = [""] if plan.traced.opaque else _own_code(model, copy)
     graph = PassGraph(copy)
     tunables.serve(graph, uses, plan.traced.fixed, plan.traced.through)
     tunable = TunableModule(tunables)
@@ -191,6 +192,15 @@ def _refuse_own_names(model: nn.Module) -> None:
             f"a model must leave names that begin with {PREFIX!r} to stnify, but "
             f"{type(model).__name__} has {taken[0]!r}. Rename it."
         )
+
+
+def _own_code(model: nn.Module, graph: fx.Graph) -> list[str]:
+    """Return the modules that the graph calls and that run code which is not PyTorch's."""
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    names = {name for name in calls if not name.startswith(f"{PREFIX}.")}
+    kinds = {name: {type(m) for m in model.get_submodule(name).modules()} for name in names}
+    foreign = [n for n in names if any(k.__module__.split(".")[0] != "torch" for k in kinds[n])]
+    return sorted(foreign)
 
 
 def _nearest(model: nn.Module, name: str) -> nn.Module:

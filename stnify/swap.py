@@ -6,18 +6,18 @@ and attribute with the originals, in which a stand-in takes the place of what it
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.utils.checkpoint as checkpoint_functions
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stnify.calls import Drop, KnownWeight, WeightCalls
+from stnify.checkpoints import plain_checkpoints
 from stnify.layers import HyperLayer
 from stnify.untouched import attributes_restored
 
@@ -129,13 +129,14 @@ class SwappedModule(nn.Module):
     ) -> Any:
         """Call the module with ``args`` and ``kwargs`` under this perturbation."""
         run: _Run = self.__dict__["_run"]
+        noisy = bool(run.pairs or run.attentions) and not torch.compiler.is_compiling()
         before, run.ambient.constrained = run.ambient.constrained, constrained
         for shadow, original in run.pairs:
             _copy_attributes(original, shadow)
         try:
             if response_input is not None:
                 return _perturbed(run, args, kwargs, response_input, linearized)
-            with _attending(run):
+            with _attending(run), plain_checkpoints() if noisy else nullcontext():
                 output = run.shadow(*args, **kwargs)
             for shadow, original in run.pairs:
                 _copy_attributes(shadow, original)
@@ -255,33 +256,6 @@ def _prepare_recurrent(network: nn.RNNBase, calls: WeightCalls, stack: ExitStack
     stack.callback(network.register_forward_pre_hook(remember).remove)
     names: list[str] = network._flat_weights_names
     network.__dict__["_flat_weights"] = [getattr(network, name) for name in names]
-
-
-@contextmanager
-def plain_checkpoints() -> Iterator[None]:
-    """Let ``torch.utils.checkpoint`` just call: recomputing would happen outside this pass."""
-    scope = vars(checkpoint_functions)
-    generators = [n for n in scope if n.startswith("_checkpoint_without_reentrant_generator")]
-    plain = {**dict.fromkeys(generators, _plain_checkpoint), "CheckpointFunction": _PlainCheckpoint}
-    before = {name: scope[name] for name in plain}
-    scope.update(plain)
-    try:
-        yield
-    finally:
-        scope.update(before)
-
-
-class _PlainCheckpoint:
-    """Takes the place of the reentrant checkpoint."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        """Call the function."""
-        return function(*args)
-
-
-def _plain_checkpoint(*_: Any, **__: Any) -> Iterator[None]:
-    yield
 
 
 def _shadow(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stnify.attributes import Attributes, attributes
 from stnify.augment import Augment
+from stnify.checkpoints import plain_checkpoints
 from stnify.errors import ShapeError, UsageError
 from stnify.layers import BiasResponse, HyperLayer, WeightResponse
 from stnify.penalties import Recorder, ancestors
@@ -76,7 +77,6 @@ class Tunables(nn.Module):
         space: The hyperparameters.
         original: The user's model.
         stream: Where noise is drawn from.
-        untraced: Whether some of the model's own code runs, which may change attributes.
 
     Attributes:
         space: The hyperparameters.
@@ -91,7 +91,7 @@ class Tunables(nn.Module):
         functions: Functions that are called as they are.
         swapped: Modules that are rewritten from the inside.
         constants: Tensors made while tracing.
-        untraced: Whether some of the model's own code runs, which may change attributes.
+        own_code: Modules of the graph whose own code runs, which may change attributes.
         original: The user's model, which is registered nowhere in here.
         graph: What train mode runs; it sees the tunable model's own tree.
         stream: Where noise is drawn from.
@@ -108,16 +108,11 @@ class Tunables(nn.Module):
     graph: nn.Module
 
     def __init__(
-        self,
-        space: HyperparameterSpace,
-        original: nn.Module,
-        stream: RandomStream,
-        *,
-        untraced: bool = False,
+        self, space: HyperparameterSpace, original: nn.Module, stream: RandomStream
     ) -> None:
         super().__init__()
         self.space = space
-        self.untraced = untraced
+        self.own_code: Sequence[str] = ()
         self.layers = nn.ModuleDict()
         self.noises = nn.ModuleDict()
         self.weight_noises = nn.ModuleList()
@@ -202,7 +197,7 @@ class Tunables(nn.Module):
     ) -> AbstractContextManager[None]:
         """Return a context in which the weights of ``graph`` are under noise."""
         factors = weight_factors(self.weight_noises, graph.get_parameter, constrained)
-        return weights_scaled(graph, factors) if factors else nullcontext()
+        return _disturbed(graph, factors) if factors else nullcontext()
 
     def augmented(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], constrained: Tensor | None
@@ -447,6 +442,16 @@ class Tunables(nn.Module):
                     f"default {fixed[name]!r} in training, because the graph was traced with it, "
                     f"but got {given[name]!r}. Give it in `example_inputs=` of stnify()."
                 )
+
+
+@contextmanager
+def _disturbed(graph: nn.Module, factors: Mapping[str, Tensor]) -> Iterator[None]:
+    if torch.compiler.is_compiling():
+        with weights_scaled(graph, factors):
+            yield
+    else:
+        with plain_checkpoints(), weights_scaled(graph, factors):
+            yield
 
 
 class WholeFunction(nn.Module):

@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "composites": set(),
     "products": {"layers"},
     "calls": {"composites", "errors", "layers", "products"},
-    "swap": {"calls", "layers", "untouched"},
+    "checkpoints": set(),
+    "swap": {"calls", "checkpoints", "layers", "untouched"},
     "forward_mode": {"composites"},
     # Stages, in the order data flows through them.
     "declare": {"errors"},
@@ -47,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tunable": {
         "attributes",
         "augment",
+        "checkpoints",
         "errors",
         "layers",
         "penalties",

@@ -5,6 +5,7 @@ a whole, it becomes one node. Such functions are found by the error they cause.
 """
 
 import functools
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from typing import Any, Self
 
 import torch
 from torch import fx, nn
+
+from stnify.untouched import holders, own_values
 
 Scope = dict[str, Any]
 
@@ -33,6 +36,8 @@ class TracedFunctions:
     def __init__(self, model: nn.Module) -> None:
         scopes = [getattr(type(module).forward, "__globals__", {}) for module in model.modules()]
         self._scopes: list[Scope] = list({id(scope): scope for scope in scopes}.values())
+        values = [value for module in model.modules() for value in own_values(vars(module))]
+        self._kept = {id(holder) for holder in holders(values)}
         self._undo: list[Callable[[], Any]] = []
         self.whole: set[Callable[..., Any]] = {len}
 
@@ -56,12 +61,18 @@ class TracedFunctions:
 
         Returns:
             Whether there is such a function, and it was not replaced before. A function that
-            receives a weight is none: its node would hide that weight.
+            receives a weight or a module is none: its node would hide what responds in there. Nor
+            is one that receives a container or an object that a module keeps: a node would be
+            given a copy, and what the function changes in that would be lost.
         """
         found = _failing_function(error.__traceback__)
         if found is None or found[0] in self.whole:
             return False
-        function, calling = found
+        function, calling, called = found
+        arguments = _arguments(called)
+        kept = any(id(value) in self._kept for value in arguments)
+        if kept or _holds_module(arguments) or any(map(_is_weight, _proxies(arguments))):
+            return False
         self.whole.add(function)
         for scope in (calling.f_globals, function.__globals__):
             for name in [name for name, value in scope.items() if value is function]:
@@ -101,8 +112,8 @@ def _node_for(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _failing_function(
     traceback: TracebackType | None,
-) -> tuple[FunctionType, FrameType] | None:
-    """Return the innermost free function on the way to an error, and the frame that called it."""
+) -> tuple[FunctionType, FrameType, FrameType] | None:
+    """Return the innermost free function on the way to an error, its caller's frame and its own."""
     frames = []
     while traceback is not None:
         frames.append(traceback.tb_frame)
@@ -114,16 +125,33 @@ def _failing_function(
             and function.__code__ is called.f_code
             and function.__module__.split(".")[0] not in {"torch", "stnify"}
         ):
-            return None if _receives_weight(called) else (function, calling)
+            return function, calling, called
     return None
 
 
-def _receives_weight(frame: FrameType) -> bool:
-    """Whether an argument of the call is a layer's weight (not a table of positions, say)."""
+def _arguments(frame: FrameType) -> list[Any]:
     code = frame.f_code
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    nodes = [proxy.node for proxy in _proxies([frame.f_locals.get(name) for name in names])]
-    return any(node.op == "get_attr" and str(node.target).endswith("weight") for node in nodes)
+    flags = inspect.CO_VARARGS, inspect.CO_VARKEYWORDS
+    count = code.co_argcount + code.co_kwonlyargcount
+    count += sum(bool(code.co_flags & flag) for flag in flags)
+    return [frame.f_locals.get(name) for name in code.co_varnames[:count]]
+
+
+def _is_weight(proxy: fx.Proxy) -> bool:
+    """Whether a proxy is a layer's weight (not a table of positions, say)."""
+    return proxy.node.op == "get_attr" and str(proxy.node.target).endswith("weight")
+
+
+def _holds_module(value: Any) -> bool:
+    """Whether a value is a module, or a list, tuple or dictionary of some, or a method of one."""
+    match value:
+        case nn.Module():
+            return True
+        case list() | tuple():
+            return any(map(_holds_module, value))
+        case dict():
+            return any(map(_holds_module, value.values()))
+    return isinstance(getattr(value, "__self__", None), nn.Module)
 
 
 def _proxies(value: Any) -> Iterator[fx.Proxy]:
