@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -388,3 +389,86 @@ def test_an_object_without_a_truth_value_may_be_kept():
     assert model.table.calls == 0
     stn.model.train()(inputs)
     assert model.table.calls == 1
+
+
+# What is kept elsewhere ---------------------------------------------------------------------------
+
+AUXILIARY: list[float] = []
+OWN_RANDOM = random.Random(0)
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+
+class Meter:
+    """Can be called, and counts how often it is."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, hidden):
+        self.count += 1
+        return hidden / self.count
+
+
+def mean(hidden):
+    return float(hidden.detach().mean())
+
+
+def stored(hidden, store):
+    if hidden.sum() > 1e9:  # cannot be traced, so that the function might be left whole
+        return hidden
+    store.append(mean(hidden))
+    return hidden
+
+
+PLACES = {
+    "a queue": (lambda: deque(maxlen=2), lambda kept, h: kept.append(h.detach().mean()), len),
+    "an array": (lambda: np.zeros(1), lambda kept, h: kept.__iadd__(1), lambda kept: kept[0]),
+    "a tuple of lists": (lambda: ([],), lambda kept, h: kept[0].append(1), lambda kept: kept[0]),
+    "slots": (Slotted, lambda kept, h: setattr(kept, "count", kept.count + 1), lambda k: k.count),
+    "what can be called": (Meter, lambda kept, h: kept(h), lambda kept: kept.count),
+    "a function's argument": (list, lambda kept, h: stored(h, kept), len),
+    "a global": (lambda: None, lambda kept, h: AUXILIARY.append(1), lambda kept: len(AUXILIARY)),
+}
+"""What is kept, what a forward does to it, and what to look at afterwards."""
+
+
+class Keeping(Module):
+    def __init__(self, place, parametric):
+        super().__init__(PLACES[place][0]())
+        self.change = PLACES[place][1]
+        if not parametric:
+            self.first = self.head = nn.Identity()
+
+    def forward(self, inputs):
+        AUXILIARY  # noqa: B018 - named here, changed by a function of the table
+        hidden = self.first(inputs)
+        changed = self.change(self.kept, hidden)
+        return self.head(changed if isinstance(changed, torch.Tensor) else hidden)
+
+
+@pytest.mark.parametrize("parametric", [True, False], ids=["with weights", "without"])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_kept_changes_once_in_each_step(place, parametric):
+    """Neither the conversion nor response and validation steps change it."""
+    look, inputs = PLACES[place][2], torch.randn(3, 6)
+    AUXILIARY.clear()
+    plain = Keeping(place, parametric)
+    for _ in range(3):
+        plain(inputs)
+    expected = look(plain.kept)
+    AUXILIARY.clear()
+    kept = Keeping(place, parametric)
+    model = nn.Sequential(nn.Linear(6, 6), kept, nn.Linear(6, 3))
+    batch = (inputs, torch.arange(3))
+    stn = convert(model, IDLE, example_inputs=inputs, train_loader=[batch], valid_loader=[batch])
+    assert look(kept.kept) == look(Keeping(place, parametric).kept)
+    for _ in range(3):
+        stn.step(batch)
+    assert stn.counters.validation_steps > 0
+    assert look(kept.kept) == expected

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import fx, nn
 
-from stnify.untouched import holders, own_values
+from stnify.untouched import holders, kept_values
 
 Scope = dict[str, Any]
 
@@ -36,7 +36,7 @@ class TracedFunctions:
     def __init__(self, model: nn.Module) -> None:
         scopes = [getattr(type(module).forward, "__globals__", {}) for module in model.modules()]
         self._scopes: list[Scope] = list({id(scope): scope for scope in scopes}.values())
-        values = [value for module in model.modules() for value in own_values(vars(module))]
+        values = [value for module in model.modules() for value in kept_values(module).values()]
         self._kept = {id(holder) for holder in holders(values)}
         self._undo: list[Callable[[], Any]] = []
         self.whole: set[Callable[..., Any]] = {len}

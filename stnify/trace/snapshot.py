@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
-from stnify.untouched import PASSIVE, REGISTRIES, contents, put_back, same_content
+from stnify.untouched import PASSIVE, contents, kept_values, put_back, same_content
 
 CONSTANT = "_tensor_constant"
 """How fx names the tensors made while tracing, which it keeps on the root."""
@@ -29,7 +29,8 @@ class ChangedAttributeError(RuntimeError):
 
     def forget_values(self) -> None:
         """Let code that reads these attributes while tracing goes on fail."""
-        self.module.__dict__.update(dict.fromkeys(self.names, UnknownWhileTracing()))
+        own = [name for name in self.names if name in vars(self.module)]
+        vars(self.module).update(dict.fromkeys(own, UnknownWhileTracing()))
 
 
 class UnknownWhileTracing:
@@ -69,8 +70,8 @@ class _Part:
         self._registered = {name: dict(self._values[name]) for name in REGISTERED}
         self._contents = {
             name: contents([value])
-            for name, value in self._values.items()
-            if module.training and name not in REGISTRIES and type(value) not in PASSIVE
+            for name, value in kept_values(module).items()
+            if module.training and type(value) not in PASSIVE
         }
         self._made = _made_by_hooks(module)
 

@@ -14,10 +14,11 @@ from torch import Tensor, fx, is_autocast_enabled, is_grad_enabled, nn
 from torch.fx.node import map_aggregate
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from stnify.trace.functions import TracedFunctions
 from stnify.trace.snapshot import ChangedAttributeError, Snapshot
-from stnify.untouched import kept_tensors
+from stnify.untouched import kept_tensors, kept_values
 
 NORMALIZATIONS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,
@@ -92,8 +93,9 @@ class EagerUse(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        values = [value for module in model.modules() for value in vars(module).values()]
-        self._kept = {id(tensor) for tensor in kept_tensors(values)}
+        values = [value for module in model.modules() for value in kept_values(module).values()]
+        kept = [*kept_tensors(values), *model.buffers()]
+        self._kept = {id(tensor) for tensor in kept}
 
     def __torch_function__(
         self,
@@ -104,17 +106,22 @@ class EagerUse(TorchFunctionMode):
     ) -> Any:
         """Call ``func`` and look at what it got and what it returned."""
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) or func in READS:
-            if any(isinstance(a, nn.Parameter) for a in args):
+        if func in READS or any(isinstance(value, Tensor) for value in tree_leaves(result)):
+            given = tree_leaves((args, kwargs))
+            if any(isinstance(value, nn.Parameter) for value in given):
                 raise RuntimeError(
                     "it computes with parameters that it does not name as attributes"
                 )
-            if any(id(a) in self._kept for a in args):
+            if any(id(value) in self._kept for value in given):
                 raise RuntimeError("it computes with a tensor it keeps, apart from its inputs")
         return result
 
 
-READS = {Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__bool__}
+READS = {
+    *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__contains__),
+    *(Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__complex__, Tensor.__index__),
+    *(torch.equal, Tensor.equal, torch.allclose, Tensor.allclose, torch.is_nonzero),
+}
 """Functions that give a tensor's numbers to Python."""
 
 
