@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from stnify.errors import UnsupportedModuleError, UsageError
 from stnify.tunable import TunableModule
+from stnify.untouched import named_globals
 
 WRAPPERS: dict[str, str] = {
     "DataParallel": "Convert the `.module` inside.",
@@ -73,8 +74,9 @@ def _refuse_part(name: str, part: nn.Module) -> None:
         raise UnsupportedModuleError(
             f"the model must be plain modules, but {label} is a {wrapper}. {WRAPPERS[wrapper]}"
         )
-    kept = [part.forward, *vars(part).values()]
-    if part._compiled_call_impl or any(hasattr(v, "_torchdynamo_orig_callable") for v in kept):
+    named = [scope.get(global_name) for scope, global_name in named_globals(type(part))]
+    called = [part.forward, *vars(part).values(), *vars(type(part)).values(), *named]
+    if part._compiled_call_impl or any(hasattr(v, "_torchdynamo_orig_callable") for v in called):
         raise UnsupportedModuleError(
             f"the model must be plain modules, but {label} is compiled, or calls a function that "
             f"is. {WRAPPERS['OptimizedModule']}"

@@ -226,7 +226,10 @@ def stnify(
     except TraceError as error:
         if "" in leaves:
             raise
-        plan, tunable, tuner = converted([""])
+        try:
+            plan, tunable, tuner = converted([""])
+        except DeclarationError:  # it names places in a graph
+            raise error from None
         warnings.warn(_runs_itself(error), stacklevel=2)
     wrapped, decayed = None, _decayed(tunable, plan)
     if optimizer is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stnify.nested import map_tensors
+from stnify.nested import leaves, map_tensors
 from stnify.rows import RowLayout, batch_size, by_example
 from stnify.tunable import TunableModule, pass_inputs
 
@@ -123,7 +123,7 @@ def _probe(model: TunableModule, base: Inputs, batch: int) -> dict[str, str]:
         calls = [
             _layout(before, after, batch, index, _row_dims(site))
             for index, probe in zip(changed, rows[1:], strict=True)
-            for before, after in zip(rows[0][name], probe[name], strict=True)
+            for before, after in zip(rows[0][name], probe[name], strict=False)  # fewer, if shorter
         ]
         words[name] = _agreed(calls)
         if listed and " x " in words[name]:
@@ -194,15 +194,30 @@ def first_examples(inputs: Any, full: int, count: int) -> Any:
 
 
 def _with_one_changed(inputs: Any, batch: int, index: int) -> Any:
-    """Change one example: new noise for real inputs, other entries of the batch for integers."""
+    """Change one example: new noise for real inputs, other entries of the batch for integers.
+
+    A number larger than those of all others stays, if something else changes: were it the length of
+    a sequence, all would be shorter.
+    """
+    tensors = [leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor)]
+    several = sum(t.ndim > 0 and t.shape[0] == batch for t in tensors) > 1
 
     def change(value: Any) -> Any:
         if isinstance(value, list):
             entry = map_tensors(lambda tensor: _changed(tensor, ...), value[index])
             return [*value[:index], entry, *value[index + 1 :]]
-        return _changed(value, index) if value.ndim and value.shape[0] == batch else value
+        if not value.ndim or value.shape[0] != batch or (several and _is_largest(value, index)):
+            return value
+        return _changed(value, index)
 
     return map_tensors(change, inputs, partial(by_example, batch=batch))
+
+
+def _is_largest(tensor: Tensor, index: int) -> bool:
+    """Whether an entry of a vector of integers is larger than all others."""
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype is torch.bool:
+        return False
+    return int((tensor >= tensor[index]).sum()) == 1
 
 
 def _changed(tensor: Tensor, index: Any) -> Tensor:

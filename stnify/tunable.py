@@ -25,6 +25,7 @@ from stnify.regularizers import weight_factors, weights_scaled
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
 from stnify.targets import Mixing
+from stnify.untouched import kept_tensors
 
 PREFIX = "_stnify"
 """Name under which a tunable model keeps everything that is not the user's."""
@@ -595,7 +596,9 @@ def pass_inputs(
 
 
 def intermediate_results(model: nn.Module) -> dict[int, Any]:
-    """Return copies of tensors that forward code left on modules, which cannot be deep-copied.
+    """Return copies of tensors that forward code left behind, which cannot be deep-copied.
+
+    On modules, and in the containers and objects that modules keep.
 
     Args:
         model: One whose code may do so, as the older ``torch.nn.utils.weight_norm`` does.
@@ -604,7 +607,7 @@ def intermediate_results(model: nn.Module) -> dict[int, Any]:
         A memo for ``copy.deepcopy``.
     """
     values = (value for module in model.modules() for value in vars(module).values())
-    left = [v for v in values if isinstance(v, Tensor) and not v.is_leaf]
+    left = [tensor for tensor in kept_tensors(values) if not tensor.is_leaf]
     return {id(value): value.detach().clone() for value in left}
 
 

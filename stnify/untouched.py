@@ -1,9 +1,18 @@
 """Code that is run to learn something leaves nothing behind in the model."""
 
+import operator
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from functools import partial
 from types import (
@@ -54,7 +63,8 @@ def attributes_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
             if registry or entries:
                 put_back(registry, entries)
         for holder, content in held:
-            put_back(holder, content)
+            if not same_content(holder, content):
+                put_back(holder, content)
         with torch.no_grad():
             for tensor, version, value in tensors:
                 if tensor._version != version:
@@ -63,13 +73,14 @@ def attributes_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def state_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Put attributes and the generators back; yield what was added to the root."""
-    numpy = sys.modules.get("numpy")
+    """Put attributes, generators and the grad mode back; yield what was added to the root."""
+    numpy, differentiable = sys.modules.get("numpy"), torch.is_grad_enabled()
     states = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
     try:
         with attributes_restored(model) as added:
             yield added
     finally:
+        torch.set_grad_enabled(differentiable)
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         if numpy:
@@ -137,14 +148,14 @@ def kept_values(module: nn.Module) -> dict[str, Any]:
     tensors and generators.
     """
     found = {name: value for name, value in vars(module).items() if name not in REGISTRIES}
-    for scope, name in _globals(type(module)):
+    for scope, name in named_globals(type(module)):
         value = scope.get(name)
         if isinstance(value, (dict, *SEQUENCES, Tensor)) or _is_array(value) or _generator(value):
             found[f"global {name}"] = value
     return found
 
 
-def _globals(kind: type) -> Sequence[tuple[dict[str, Any], str]]:
+def named_globals(kind: type) -> Sequence[tuple[dict[str, Any], str]]:
     """Return the globals that the methods of a user's class name, and where they are."""
     if kind not in _GLOBALS:
         owners = [k for k in kind.__mro__ if k.__module__.split(".")[0] not in STANDARD]
@@ -201,14 +212,17 @@ def put_back(holder: Any, content: Any) -> None:
 def same_content(holder: Any, before: Any) -> bool:
     """Whether a holder still holds the very same objects; a generator, the same state."""
     now = content(holder)
-    if isinstance(holder, dict) or _plain(holder):
-        same = list(map(id, now)) == list(map(id, before))
-        return same and list(map(id, now.values())) == list(map(id, before.values()))
     if isinstance(holder, SEQUENCES):
-        return list(map(id, now)) == list(map(id, before))
+        return _same(now, before)
     if _is_array(holder):
         return bool(now.tobytes() == before.tobytes())
+    if isinstance(holder, dict) or _plain(holder):
+        return _same(now, before) and _same(now.values(), before.values())
     return repr(_numbers(now)) == repr(_numbers(before))
+
+
+def _same(now: Collection[Any], before: Collection[Any]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def _tensors(values: Iterable[Any], holders: Iterable[Any]) -> list[Tensor]:
@@ -229,7 +243,13 @@ PASSIVE = {bool, int, float, complex, str, bytes, type(None), nn.Parameter, Tens
 """Frequent types that hold nothing code could change, but for the numbers of tensors."""
 
 
+LARGE = 1000
+"""Entries of a container, as of a vocabulary, beyond which they are not looked into one by one."""
+
+
 def _entries(holder: Any) -> list[Any]:
+    if isinstance(holder, (dict, *SEQUENCES)) and len(holder) > LARGE:
+        return []
     if isinstance(holder, dict):
         return list(holder.values())
     if isinstance(holder, SEQUENCES):

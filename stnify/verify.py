@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stnify.errors import TraceError, UnsupportedModuleError
+from stnify.errors import StnifyError, TraceError, UnsupportedModuleError
 from stnify.layouts import (
     PROBES,
     Inputs,
@@ -17,7 +17,7 @@ from stnify.layouts import (
     of_both_modes,
     set_layouts,
 )
-from stnify.nested import leaves
+from stnify.nested import leaves, map_tensors
 from stnify.rows import batch_size
 from stnify.streams import RandomStream
 from stnify.tunable import TunableModule, evaluating, pass_inputs
@@ -50,10 +50,11 @@ def verify(
         UnsupportedModuleError: Code of the model changes a parameter while it predicts, which
             perturbed passes would do as well.
     """
-    inputs = (args, dict(kwargs))
+    inputs: Inputs = map_tensors(torch.clone, (args, dict(kwargs)))
     private = RandomStream(0, model._stnify.space.unconstrained.device)
     with private.active(), _parameters_restored(model) as changed:
         with evaluating(model):
+            _refuse_changed_inputs(model, inputs)
             _refuse_difference(model, inputs)
         with _training(model):
             _refuse_difference_in_training(model, inputs)
@@ -82,9 +83,27 @@ def _layouts(model: TunableModule, inputs: Inputs) -> dict[str, str]:
 # The same outputs ---------------------------------------------------------------------------------
 
 
+def _refuse_changed_inputs(model: TunableModule, inputs: Inputs) -> None:
+    """Raise UnsupportedModuleError if the original writes to its inputs."""
+    tensors = [leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor)]
+    before = [tensor._version for tensor in tensors]
+    _outputs(model, model._stnify.original, inputs)
+    if [tensor._version for tensor in tensors] != before:
+        raise UnsupportedModuleError(
+            f"a model must leave its inputs as they are, because every pass of a step gets the "
+            f"same ones, but {type(model._stnify.original).__name__} changes them in place. Write "
+            f"`x = x - mean` instead of `x -= mean`, or clone them first."
+        )
+
+
 def _refuse_difference(model: TunableModule, inputs: Inputs) -> None:
-    passes = (model._stnify.original, model._stnify.graph)
-    expected, found = (_outputs(model, run, inputs) for run in passes)
+    expected = _outputs(model, model._stnify.original, inputs)
+    try:
+        found = _outputs(model, model._stnify.graph, inputs)
+    except (StnifyError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the graph took a way that the original does not
+        raise _other(model, "exactly ", "eval") from error
     if not _agree(_identical, expected, found):
         raise _other(model, "exactly ", "eval")
 

@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "space",
         "streams",
         "targets",
+        "untouched",
     },
     "rewrite": {
         "augment",
@@ -148,7 +149,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tunable",
         "tuner",
     },
-    "checks": {"errors", "tunable"},
+    "checks": {"errors", "tunable", "untouched"},
     "convert": {
         "augment",
         "bundle",

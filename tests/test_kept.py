@@ -2,19 +2,27 @@
 
 import copy
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from cases import IDLE, convert
-from torch import nn
+from torch import is_autocast_enabled, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from stnify import UnsupportedModuleError, UsageError, WeightDecay
+from stnify import (
+    DropConnect,
+    Dropout,
+    TraceError,
+    UnsupportedModuleError,
+    UsageError,
+    WeightDecay,
+)
 
 
 class Module(nn.Module):
@@ -342,8 +350,10 @@ def test_complex_weights_are_refused():
         convert(model, [IDLE])
 
 
-@pytest.mark.parametrize("lengths", [[7, 6, 5, 4, 3], [7, 7, 7, 5, 2], [7] * 5])
-def test_lengths_of_packed_sequences_may_be_equal(lengths):
+@pytest.mark.parametrize(
+    "lengths", [[7, 6, 5, 4, 3], [7, 7, 7, 5, 2], [7] * 5, [3, 7, 2, 5, 6], [3, 2, 5, 7, 6]]
+)
+def test_lengths_of_packed_sequences_may_be_equal_or_in_any_order(lengths):
     class Tagger(nn.Module):
         def __init__(self):
             super().__init__()
@@ -472,3 +482,168 @@ def test_what_is_kept_changes_once_in_each_step(place, parametric):
         stn.step(batch)
     assert stn.counters.validation_steps > 0
     assert look(kept.kept) == expected
+
+
+# Code that is told apart only in some calls -------------------------------------------------------
+
+
+class FrozenDict(OrderedDict):
+    """Cannot be changed, as configurations of some libraries."""
+
+    def update(self, *args, **kwargs):
+        raise TypeError("frozen")
+
+    def clear(self):
+        raise TypeError("frozen")
+
+
+def test_what_cannot_be_changed_is_not_put_back():
+    model = Module(FrozenDict([("width", 6)]))
+    model.forward = lambda inputs: model.head(model.first(inputs))
+    convert(model, [IDLE], example_inputs=torch.randn(3, 6))
+    assert dict(model.kept) == {"width": 6}
+
+
+class Cached(Module):
+    """Stays in eval mode, and keeps what it saw."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, inputs):
+        self.kept["seen"] = self.head(self.first(inputs))
+        return self.kept["seen"]
+
+
+def test_what_stays_in_eval_mode_keeps_things_too():
+    model = nn.Sequential(Cached({}), nn.Linear(6, 3))
+    stn = convert(model, [IDLE], example_inputs=torch.randn(3, 6))
+    stn.model.train()
+    seen = []
+    for _ in range(2):
+        stn.model(torch.randn(3, 6))
+        seen.append(model[0].kept["seen"])
+    assert not torch.equal(*seen)
+
+
+class Island(Module):
+    """Computes a difference that half precision cannot hold."""
+
+    def forward(self, inputs):
+        hidden = self.first(inputs)
+        with torch.autocast("cpu", enabled=False):
+            return self.head(hidden.float() + 100) - self.head(
+                torch.full_like(hidden, 100.0).float()
+            )
+
+
+class Asking(Module):
+    def forward(self, inputs):
+        hidden = self.first(inputs)
+        return self.head(hidden / 4 if is_autocast_enabled("cpu") else hidden)
+
+
+@pytest.mark.parametrize("kind", [Island, Asking])
+def test_code_under_autocast_runs_as_it_is_written(kind):
+    torch.manual_seed(0)
+    model, inputs = kind(), torch.randn(3, 6)
+    stn = convert(model, [IDLE], example_inputs=inputs)
+    stn.model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = model(inputs), stn.model(inputs)
+    assert torch.equal(found, expected)
+    assert not torch.allclose(model(inputs), expected.float(), rtol=1e-4)
+
+
+def test_inputs_that_a_model_writes_to_are_refused_and_stay_as_they_are():
+    class Normalising(Module):
+        def forward(self, inputs):
+            inputs -= 0.5
+            return self.head(self.first(inputs))
+
+    inputs = torch.randn(3, 6)
+    before = inputs.clone()
+    with pytest.raises(UnsupportedModuleError, match=r"must leave its inputs.*`x = x - mean`"):
+        convert(Normalising(), [IDLE], example_inputs=inputs)
+    assert torch.equal(inputs, before)
+
+
+def test_the_grad_mode_is_put_back():
+    class Switching(Module):
+        def forward(self, inputs):
+            torch.set_grad_enabled(self.training)
+            return self.head(self.first(inputs))
+
+    convert(Switching(), [IDLE], example_inputs=torch.randn(3, 6))
+    assert torch.is_grad_enabled()
+
+
+class Parts(Module):
+    """Does what fails with what it is traced for, which is not a tensor yet."""
+
+    def forward(self, inputs):
+        if not isinstance(inputs, torch.Tensor):
+            inputs = inputs.narrow(0, 0, 1000)
+        return self.head(self.first(inputs))
+
+
+def test_a_graph_that_raises_gives_way_to_the_models_own_code():
+    with pytest.warns(UserWarning, match="Until then the model's own code runs"):
+        stn = convert(Parts(), [IDLE], example_inputs=torch.randn(3, 6))
+    assert [site.way for site in stn.plan.weights] == ["swap", "swap"]
+
+
+def test_where_noise_needs_a_graph_the_error_says_what_is_wrong_with_that():
+    inputs = torch.randn(3, 6)
+    with pytest.raises(TraceError, match=r"its output differs.*name the module that does so in `l"):
+        convert(Parts(), [Dropout(after="first")], example_inputs=inputs)
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.enter, self.first, self.head = (nn.Linear(6, 6) for _ in range(3))
+        self.drop, self.reentrant = nn.Dropout(0.5), reentrant
+
+    def body(self, hidden):
+        return self.head(self.drop(self.first(hidden)).tanh())
+
+    def forward(self, inputs):
+        hidden = self.enter(inputs)
+        if self.reentrant is None:
+            return self.body(hidden)
+        return checkpoint(self.body, hidden, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("declared", [Dropout(init=0.5), DropConnect(at="first", init=0.5)])
+def test_tuned_noise_inside_a_checkpoint_has_the_gradients_of_its_own_pass(declared, reentrant):
+    """What backward would compute again lies outside the pass that knows the hyperparameters."""
+    found = []
+    for checkpoints in (None, reentrant):
+        torch.manual_seed(0)
+        stn = convert(Checkpointed(checkpoints), [declared], leaves=[""])
+        stn.model.train()(torch.ones(3, 6)).square().mean().backward()
+        found.append({n: p.grad for n, p in stn.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() >= {"first.weight", "enter.weight"}
+    for name, expected in found[0].items():
+        assert torch.equal(found[1][name], expected), name
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
+def test_checkpoints_of_timm_hide_no_weights(name):
+    sizes = (
+        {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "depth": 2}
+        if name.startswith("vit")
+        else {"channels": (8, 8, 8, 8)}
+    )
+    found = []
+    for checkpoints in (False, True):
+        model = timm.create_model(name, num_classes=5, **sizes)
+        model.set_grad_checkpointing(checkpoints)
+        stn = convert(model, [IDLE], example_inputs=torch.randn(3, 3, 32, 32))
+        found.append({site.weight for site in stn.plan.weights})
+    assert found[0] == found[1]

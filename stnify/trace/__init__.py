@@ -84,14 +84,14 @@ def _trace_in_mode(
         model.train(training)
         draws = random_states()
         while True:
-            tracer = SiteTracer(leaves, functions, given)
+            tracer = SiteTracer(leaves, functions, given, training=training)
             if hooked(model) or type(model).__call__ is not nn.Module.__call__:
                 graph = _one_leaf(tracer, "calling it does more than its forward")
                 break
             if "" in leaves:
                 graph = _one_leaf(tracer, "named in `leaves`")
                 break
-            attributes = Snapshot(model)
+            attributes = Snapshot(model, training=training)
             try:
                 with EagerUse(model):
                     graph = tracer.trace(model)

@@ -46,10 +46,16 @@ class TracedFunctions:
             if "len" not in scope:
                 scope["len"] = _node_for(len)
                 self._undo.append(functools.partial(scope.pop, "len"))
-        for name in QUESTIONS:
-            original = getattr(torch, name)
-            setattr(torch, name, _unanswered(original))
-            self._undo.append(functools.partial(setattr, torch, name, original))
+        for question in QUESTIONS:
+            original = getattr(torch, question)
+            stand_in = _unanswered(original)
+            for scope in (vars(torch), *self._scopes):
+                for name in [name for name, value in scope.items() if value is original]:
+                    scope[name] = stand_in
+                    self._undo.append(functools.partial(scope.__setitem__, name, original))
+        entering = torch.autocast.__enter__
+        setattr(torch.autocast, "__enter__", _refuse_autocast)  # noqa: B010 - a method, for mypy
+        self._undo.append(functools.partial(setattr, torch.autocast, "__enter__", entering))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,6 +101,10 @@ def _unanswered(question: Callable[..., bool]) -> Callable[..., bool]:
         return question(*args)
 
     return stand_in
+
+
+def _refuse_autocast(context: torch.autocast) -> None:
+    raise RuntimeError("it computes under autocast, which a graph cannot hold")
 
 
 def _node_for(function: Callable[..., Any]) -> Callable[..., Any]:

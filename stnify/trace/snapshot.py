@@ -42,10 +42,14 @@ class Snapshot:
 
     What containers, objects and generators among the attributes hold, and which buffers there are,
     counts in train mode only: in eval mode the model's own code runs, and caches.
+
+    Args:
+        module: Whose, with all modules inside it.
+        training: Whether it is traced as it trains.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._parts = [_Part(name, part) for name, part in module.named_modules()]
+    def __init__(self, module: nn.Module, *, training: bool) -> None:
+        self._parts = [_Part(name, part, training) for name, part in module.named_modules()]
 
     def refuse_changes(self) -> None:
         """Raise ChangedAttributeError if any attribute is another, or holds something else."""
@@ -64,14 +68,14 @@ class Snapshot:
 class _Part:
     """One module's attributes, and what they hold."""
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module = name, module
+    def __init__(self, name: str, module: nn.Module, training: bool) -> None:
+        self.name, self.module, self.training = name, module, training
         self._values = dict(module.__dict__)
         self._registered = {name: dict(self._values[name]) for name in REGISTERED}
         self._contents = {
             name: contents([value])
             for name, value in kept_values(module).items()
-            if module.training and type(value) not in PASSIVE
+            if training and type(value) not in PASSIVE
         }
         self._made = _made_by_hooks(module)
 
@@ -81,7 +85,7 @@ class _Part:
         for name, held in self._contents.items():
             if not all(same_content(*entry) for entry in held):
                 yield name
-        if self.module.training:
+        if self.training:
             for name, before in self._registered.items():
                 yield from self._others(before, self.module.__dict__[name])
 
@@ -103,7 +107,8 @@ class _Part:
             put_back(attributes[name], before)
         for held in self._contents.values():
             for entry in held:
-                put_back(*entry)
+                if not same_content(*entry):
+                    put_back(*entry)
 
 
 REGISTERED = ("_parameters", "_buffers", "_modules")

@@ -135,15 +135,22 @@ class SiteTracer(fx.Tracer):
         leaves: Qualified names not to trace through.
         functions: Functions that are left whole.
         given: Optional arguments of the model's forward that are inputs nevertheless.
+        training: Whether the model is traced as it trains; parts may stay in eval mode.
     """
 
     def __init__(
-        self, leaves: Sequence[str], functions: TracedFunctions, given: Collection[str] = ()
+        self,
+        leaves: Sequence[str],
+        functions: TracedFunctions,
+        given: Collection[str] = (),
+        *,
+        training: bool = True,
     ) -> None:
         super().__init__(param_shapes_constant=True)
         self.leaves = set(leaves)
         self.given = set(given)
         self.functions = functions
+        self.training = training
         self.outputs: dict[str, list[ModuleOutput]] = {}
         self.opaque: dict[str, str] = {}
         self.fixed: dict[str, Any] = {}
@@ -231,7 +238,8 @@ class SiteTracer(fx.Tracer):
         before = set(self.graph.nodes)
         draws = random_states()
         stack, calls, scope = self.module_stack.copy(), self.num_calls.copy(), copy(self.scope)
-        attributes, assigned = Snapshot(m), self.assigned()
+        attributes = Snapshot(m, training=self.training)
+        assigned = self.assigned()
         while True:
             try:
                 output = super().call_module(m, forward, args, kwargs)
