@@ -177,7 +177,8 @@ def rewrite(
     copy.lint()
     tunables.own_code = [""] if plan.traced.opaque else _own_code(model, copy)
     graph = PassGraph(copy)
-    tunables.serve(graph, uses, plan.traced.fixed, plan.traced.through)
+    read = plan.traced.through | _never_called(model, plan)
+    tunables.serve(graph, uses, plan.traced.fixed, read)
     tunable = TunableModule(tunables)
     share_tree(tunable, graph)
     return tunable
@@ -192,6 +193,17 @@ def _refuse_own_names(model: nn.Module) -> None:
             f"a model must leave names that begin with {PREFIX!r} to stnify, but "
             f"{type(model).__name__} has {taken[0]!r}. Rename it."
         )
+
+
+def _never_called(model: nn.Module, plan: Plan) -> set[str]:
+    """Return the modules that the traced graph does not call, but may have read numbers of."""
+    calls = {str(node.target) for node in plan.traced.graph.nodes if node.op == "call_module"}
+
+    def inside_call(name: str) -> bool:
+        parts = name.split(".") if name else []
+        return any(".".join(parts[:end]) in calls for end in range(len(parts) + 1))
+
+    return {name for name, _ in model.named_modules() if not inside_call(name)}
 
 
 def _own_code(model: nn.Module, graph: fx.Graph) -> list[str]:

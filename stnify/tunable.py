@@ -162,7 +162,7 @@ class Tunables(nn.Module):
             graph: What train mode runs.
             uses: Name of each weight that meets hyper layers, to the calls in which it does.
             defaults: Optional arguments of the original's forward, as they were traced.
-            through: Modules whose code the graph replaces.
+            through: Modules whose code the graph replaces, and those it only reads.
         """
         self.__dict__["graph"] = graph
         self.uses = {weight: tuple(layers) for weight, layers in uses.items()}

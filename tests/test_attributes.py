@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import IDLE, convert
 from torch import nn
 
 from stnify import UsageError, stnify
@@ -187,3 +188,35 @@ def test_the_message_tells_both_values():
     module._value["a"]["t"] = 5.0
     with pytest.raises(UsageError, match=r"\{'a': \{'t': 1.0\}\}, because .* is \{'a': \{'t': 5.0"):
         stn.step(batch)
+
+
+class ReadsItsParts(nn.Module):
+    """Uses numbers of modules that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.drop = nn.Linear(6, 6), nn.LayerNorm(6), nn.Dropout(0.0)
+
+    def forward(self, inputs):
+        norm, hidden = self.norm, self.first(inputs)
+        hidden = F.dropout(hidden, self.drop.p, self.training)
+        return F.layer_norm(hidden, (6,), norm.weight, norm.bias, norm.eps)
+
+
+@pytest.mark.parametrize(("part", "name"), [("drop", "p"), ("norm", "eps")])
+def test_numbers_of_modules_that_are_never_called_must_stay(part, name):
+    model = ReadsItsParts()
+    stn = convert(model, [IDLE], example_inputs=torch.randn(3, 6))
+    batch = torch.randn(3, 6), torch.arange(3)
+    stn.step(batch)
+    setattr(model.get_submodule(part), name, 0.5)
+    with pytest.raises(UsageError, match=rf"attribute '{name}' of '{part}' must stay"):
+        stn.step(batch)
+
+
+def test_numbers_of_a_module_that_is_called_are_live():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.0))
+    stn = convert(model, [IDLE], example_inputs=torch.randn(3, 6))
+    model[1].p = 1.0
+    assert not stn.model.train()(torch.randn(3, 6)).any()
+    stn.step((torch.randn(3, 6), torch.arange(3)))
