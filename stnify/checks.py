@@ -76,7 +76,7 @@ def _refuse_part(name: str, part: nn.Module) -> None:
         )
     named = [scope.get(global_name) for scope, global_name in named_globals(type(part))]
     called = [part.forward, *vars(part).values(), *vars(type(part)).values(), *named]
-    if part._compiled_call_impl or any(hasattr(v, "_torchdynamo_orig_callable") for v in called):
+    if part._compiled_call_impl or any(map(_is_compiled, called)):
         raise UnsupportedModuleError(
             f"the model must be plain modules, but {label} is compiled, or calls a function that "
             f"is. {WRAPPERS['OptimizedModule']}"
@@ -87,6 +87,12 @@ def _refuse_part(name: str, part: nn.Module) -> None:
             f"weights must be trainable numbers, but {label} is quantised. Convert and train the "
             f"floating-point model, and quantise `stn.export()`."
         )
+
+
+def _is_compiled(function: object) -> bool:
+    """Whether a function is compiled, and not kept from being compiled."""
+    wrapped = hasattr(function, "_torchdynamo_orig_callable")
+    return wrapped and not getattr(function, "_torchdynamo_disable", False)
 
 
 def refuse_distributed() -> None:

@@ -322,17 +322,22 @@ def _custom(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     name = _operator(func)
     if name in LINEAR_OPERATORS:
-        inputs, *others = args
-        primals = tree_map_only(Tensor, _primal, (others, kwargs))
-        primal, tangent = forward_ad.unpack_dual(inputs)
-        outputs = func(primal, *primals[0], **primals[1])
-        if tangent is None:
-            return outputs
-        return tree_map(_with_tangent, outputs, func(tangent, *primals[0], **primals[1]))
+        FORWARD_MODE_RULES[func] = partial(_linear, func)  # where the compiler looks for it
+        return _linear(func, *args, **kwargs)
     outputs = func(*args, **kwargs)
     if _moves((args, kwargs)) and _numbers(outputs) and not _moves(outputs):
         raise NotImplementedError(f"Trying to use forward AD with {name} that does not support it")
     return outputs
+
+
+def _linear(func: Callable[..., Any], inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Call an operator that is linear in its first argument and constant in all others."""
+    args, kwargs = tree_map_only(Tensor, _primal, (args, kwargs))
+    primal, tangent = forward_ad.unpack_dual(inputs)
+    outputs = func(primal, *args, **kwargs)
+    if tangent is None:
+        return outputs
+    return tree_map(_with_tangent, outputs, func(tangent, *args, **kwargs))
 
 
 def _primal(value: Tensor) -> Tensor:
@@ -366,6 +371,6 @@ class ForwardModeRules(TorchFunctionMode):
         """Call the decomposition of ``func`` if there is one."""
         if func is torch.autograd.grad:
             _refuse_derivative(*args, **(kwargs or {}))
-        if _is_custom(func):
+        if not torch.compiler.is_compiling() and _is_custom(func):
             return _custom(func, *args, **(kwargs or {}))
         return FORWARD_MODE_RULES.get(func, func)(*args, **(kwargs or {}))

@@ -184,7 +184,7 @@ def contents(values: Iterable[Any]) -> list[tuple[Any, Any]]:
 def content(holder: Any) -> Any:
     """Return a copy of what a holder holds; of a generator its state."""
     if isinstance(holder, dict):
-        return dict(holder)
+        return dict(dict.items(holder))  # some types make their values when they are read
     if isinstance(holder, SEQUENCES):
         return list(holder)
     if _is_array(holder):
@@ -251,7 +251,7 @@ def _entries(holder: Any) -> list[Any]:
     if isinstance(holder, (dict, *SEQUENCES)) and len(holder) > LARGE:
         return []
     if isinstance(holder, dict):
-        return list(holder.values())
+        return list(dict.values(holder))
     if isinstance(holder, SEQUENCES):
         return list(holder)
     return list(_fields(holder).values()) if _plain(holder) else []

@@ -77,3 +77,12 @@ def test_what_would_lose_a_tangent_is_refused_at_the_conversion(name):
 def test_an_operator_that_returns_no_real_numbers_has_nothing_to_lose():
     model = Around(lambda features, boxes: features * (1 + largest(features)[:, None]))
     testing.assert_tangent_matches_differences(model, torch.randn(3, 3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_boxes_keep_the_tangent_in_compiled_passes():
+    """One conversion by eager code comes first, in which operators are met."""
+    torch.manual_seed(0)
+    model, images = Around(LINEAR["roi_align"]), torch.randn(3, 3, 8, 8)
+    testing.assert_tangent_matches_differences(model, images)
+    testing.assert_compiles(model, images, backend="eager")

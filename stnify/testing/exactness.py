@@ -145,7 +145,7 @@ def _refuse_difference(
 
 
 def _check_zero(subject: Subject, when: str, tolerance: float) -> None:
-    with _fused_kernels_off():
+    with fused_kernels_off():
         _compare_zero(subject, when, tolerance)
 
 
@@ -162,7 +162,7 @@ def _compare_zero(subject: Subject, when: str, tolerance: float) -> None:
 
 
 @contextmanager
-def _fused_kernels_off() -> Iterator[None]:
+def fused_kernels_off() -> Iterator[None]:
     """Let no module of PyTorch's take its fast path, which writes zeros in place of padding."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

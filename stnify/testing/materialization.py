@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stnify.layouts import UNSEEN
 from stnify.testing.differences import Step, first_difference, record
+from stnify.testing.exactness import fused_kernels_off
 from stnify.testing.subject import Hparams, Model, Subject, prepared, real, tensors
 
 
@@ -40,7 +41,7 @@ def check_perturbation(subject: Subject, tolerance: float = 1e-8) -> None:
     subject.close([*uncalled, *_of_computed_weights(subject)])
     response_input = subject.draw()[:1].repeat(subject.batch, 1)
     perturbed = partial(subject.perturbed, response_input)
-    with subject.mode(training=False), torch.no_grad():
+    with subject.mode(training=False), fused_kernels_off(), torch.no_grad():
         found = real(tensors(perturbed()))
         with _perturbed_weights(subject, response_input[0]):
             expected = real(tensors(subject.original()))
