@@ -14,6 +14,7 @@ from cases import convert, perceptron
 from torch import nn
 
 from stnify import (
+    STN,
     Brightness,
     Dropout,
     HorizontalFlip,
@@ -32,7 +33,7 @@ def convolutions() -> nn.Module:
 
 
 MODELS = {
-    "kernels": convolutions,
+    "convolutions": convolutions,
     "resnet": lambda: timm.models.ResNet(
         timm.models.resnet.BasicBlock,
         [1, 1, 1, 1],
@@ -44,9 +45,6 @@ MODELS = {
         "vit_tiny_patch16_224", num_classes=4, img_size=32, depth=1, embed_dim=16, num_heads=2
     ),
 }
-BACKENDS = {"kernels": "inductor"}
-"""By name of the model; "aot_eager" otherwise, which differentiates and lowers graphs alike."""
-
 NO_DROPOUT = 1e-9
 """A rate so low that no mask of these tests drops anything; zero itself is at infinity."""
 TOLERANCE = {"rtol": 1e-7, "atol": 1e-9}
@@ -59,11 +57,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=MODELS, name="stn")
-def _stn(request):
+def converted(name: str) -> STN:
     torch.manual_seed(0)
     declared = [Dropout(at="input", init=NO_DROPOUT), WeightDecay()]
-    stn = stnify(MODELS[request.param]().double(), declared, seed=0)
+    stn = stnify(MODELS[name]().double(), declared, seed=0)
     with torch.no_grad():
         for name, parameter in stn.model.response_parameters().items():
             if name.endswith("gate"):
@@ -71,13 +68,17 @@ def _stn(request):
     return stn
 
 
+@pytest.fixture(params=MODELS, name="stn")
+def _stn(request):
+    return converted(request.param)
+
+
 @pytest.fixture(name="fullgraph")
-def _fullgraph(request):
+def _fullgraph():
     """Compile functions as one graph each; compiling again for other values raises."""
     torch._dynamo.reset()
-    backend = BACKENDS.get(request.node.callspec.params["stn"], "aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        yield partial(torch.compile, fullgraph=True, backend=backend)
+        yield partial(torch.compile, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
 
 
@@ -120,6 +121,13 @@ def test_response_pass(stn, fullgraph):
     _agree_perturbed(stn, linearized_forward, compiled, parameters)
 
 
+def test_response_pass_in_kernels(fullgraph):
+    stn = converted("convolutions")
+    compiled = fullgraph(linearized_forward, backend="inductor")
+    parameters = list(stn.model.response_parameters().values())
+    _agree_perturbed(stn, linearized_forward, compiled, parameters)
+
+
 def test_validation_pass(stn, fullgraph):
     compiled = fullgraph(perturbed_forward)
     stn.model.eval()
@@ -141,7 +149,7 @@ def _agree_perturbed(stn, function, compiled, parameters):
 
 
 def test_whole_steps_compile_through_the_public_switch():
-    """``compile=True`` trains; with lambda frozen the general parameters follow the eager run's."""
+    """In kernels too. With lambda frozen the general parameters follow the eager run's."""
     results = []
     for switch in (True, False):
         torch.manual_seed(0)
