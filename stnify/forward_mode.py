@@ -303,6 +303,10 @@ They have no forward-mode derivative, and may lose a tangent without an error.
 """
 
 
+MET_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""Those that eager code has called, to their rules: the compiler cannot tell them by their names."""
+
+
 def _is_custom(func: Callable[..., Any]) -> bool:
     """Whether a function is an operator that another library has registered."""
     registered = isinstance(func, OpOverloadPacket | OpOverload)
@@ -322,7 +326,7 @@ def _custom(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     name = _operator(func)
     if name in LINEAR_OPERATORS:
-        FORWARD_MODE_RULES[func] = partial(_linear, func)  # where the compiler looks for it
+        MET_OPERATORS[func] = partial(_linear, func)
         return _linear(func, *args, **kwargs)
     outputs = func(*args, **kwargs)
     if _moves((args, kwargs)) and _numbers(outputs) and not _moves(outputs):
@@ -373,4 +377,5 @@ class ForwardModeRules(TorchFunctionMode):
             _refuse_derivative(*args, **(kwargs or {}))
         if not torch.compiler.is_compiling() and _is_custom(func):
             return _custom(func, *args, **(kwargs or {}))
-        return FORWARD_MODE_RULES.get(func, func)(*args, **(kwargs or {}))
+        rule = MET_OPERATORS.get(func) or FORWARD_MODE_RULES.get(func, func)
+        return rule(*args, **(kwargs or {}))

@@ -225,7 +225,7 @@ def test_delta_reaches_the_jacobian_by_default_settings(diabetes):
     stn = tuned_ridge("delta", decay, learning_rate=0.1, momentum=0.9)
     optimum, expected = ridge(*diabetes, DECAY), ridge_jacobian(*diabetes, DECAY)
     stn.model.weight.data.copy_(optimum.t())
-    train(stn, repeated(diabetes, 2), 4000, anneal=True)
+    train(stn, repeated(diabetes, 2), 3000, anneal=True)
     assert torch.allclose(stn.model.weight.t(), optimum, atol=1e-12)
     # Steps of Adam anneal to nothing; draws leave noise of the order of the scale.
     assert relative_error(jacobian(stn), expected) < 1e-3
@@ -403,7 +403,7 @@ def test_the_hypergradient_is_the_implicit_one_with_its_own_draws(diabetes, sett
     stn = tuned_tasks(decay, scale=NARROW, learning_rate=0.1, momentum=0.9, **settings)
     for head, target, value in zip(stn.model.heads, training[1].t(), DECAYS, strict=True):
         head.weight.data.copy_(ridge(training[0], target[:, None], value).t())
-    train(stn, training, 1000, anneal=True)
+    train(stn, training, 600, anneal=True)
     found = hypergradient(stn, validation, 20)
     expected = implicit_hypergradient(training, validation, EXPONENTIAL)
     assert torch.cosine_similarity(found, expected, dim=0) > 0.9999

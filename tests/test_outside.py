@@ -502,9 +502,13 @@ def faster_rcnn():
     )
 
 
-def ssdlite():
-    return detection.ssdlite320_mobilenet_v3_large(
-        weights=None, weights_backbone=None, num_classes=3
+def fcos():
+    return detection.FCOS(
+        SmallBackbone(),
+        num_classes=3,
+        min_size=48,
+        max_size=64,
+        anchor_generator=AnchorGenerator(((8,),), ((1.0,),)),
     )
 
 
@@ -514,7 +518,7 @@ def detection_loss(model, batch):
 
 DETECTIONS = [
     *((faster_rcnn, {"roi_heads"}, count, given) for count in (2, 3) for given in (True, False)),
-    (ssdlite, set(), 3, True),
+    (fcos, set(), 3, True),
 ]
 """Each with what sees proposals of all pictures, which are not of one number for each."""
 
