@@ -304,7 +304,7 @@ They have no forward-mode derivative, and may lose a tangent without an error.
 
 
 MET_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {}
-"""Those that eager code has called, to their rules: the compiler cannot tell them by their names."""
+"""Those that eager code has called, to their rules: the compiler cannot tell them by name."""
 
 
 def _is_custom(func: Callable[..., Any]) -> bool:

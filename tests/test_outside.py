@@ -502,8 +502,8 @@ def faster_rcnn():
     )
 
 
-def fcos():
-    return detection.FCOS(
+def retinanet():
+    return detection.RetinaNet(
         SmallBackbone(),
         num_classes=3,
         min_size=48,
@@ -518,7 +518,7 @@ def detection_loss(model, batch):
 
 DETECTIONS = [
     *((faster_rcnn, {"roi_heads"}, count, given) for count in (2, 3) for given in (True, False)),
-    (fcos, set(), 3, True),
+    (retinanet, set(), 3, True),
 ]
 """Each with what sees proposals of all pictures, which are not of one number for each."""
 
