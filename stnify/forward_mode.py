@@ -307,10 +307,15 @@ MET_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {}
 """Those that eager code has called, to their rules: the compiler cannot tell them by name."""
 
 
+REGISTERED = (OpOverloadPacket, OpOverload)
+"""Types of operators, PyTorch's own among them."""
+
+
 def _is_custom(func: Callable[..., Any]) -> bool:
     """Whether a function is an operator that another library has registered."""
-    registered = isinstance(func, OpOverloadPacket | OpOverload)
-    return registered and not _operator(func).startswith(("aten::", "prim::", "prims::"))
+    return isinstance(func, REGISTERED) and not _operator(func).startswith(
+        ("aten::", "prim::", "prims::")
+    )
 
 
 def _operator(func: Any) -> str:
@@ -363,7 +368,7 @@ def _numbers(nested: Any) -> list[Tensor]:
 
 
 class ForwardModeRules(TorchFunctionMode):
-    """Replaces the operators in ``FORWARD_MODE_RULES`` while active, also inside leaf modules."""
+    """Replaces the operators that have a rule while active, also inside leaf modules."""
 
     def __torch_function__(
         self,

@@ -57,7 +57,7 @@ def real(values: Iterable[Tensor]) -> list[Tensor]:
     """Return the tensors of real numbers.
 
     Raises:
-        UsageError: There is none, and nothing that could be differentiated.
+        UsageError: There is none.
     """
     found = [value for value in values if value.is_floating_point()]
     if not found:
