@@ -82,8 +82,8 @@ class WeightCalls(TorchFunctionMode):
         drops: Sequence[tuple[Tensor, Drop]] = (),
     ) -> None:
         super().__init__()
-        self.drops = drops
-        self.known = known
+        self.drops = list(drops)
+        self.known = list(known)
         self.parameters = [k.weight for k in known if isinstance(k.layer, HyperParameter)]
         self.response_input = response_input
         self.linearized = linearized

@@ -156,7 +156,7 @@ def rewrite(
     for call in plan.weights:
         key = _key(tunables, call, layers[call.node])
         if call.inside is not None:
-            use = WeightUse(call.weight, call.bias, layers[call.node])
+            use = WeightUse(_place(call), call.bias, layers[call.node])
             swaps.uses.setdefault(call.inside, {})[_use(call)] = use
         elif call.value is not None:
             watched.setdefault(call.node.partition(":")[0], []).append(call)
@@ -276,7 +276,12 @@ def _use(site: WeightSite) -> tuple[str, ...]:
         case "module":
             return (site.way, site.name)
         case "swap":
-            return (site.way, site.weight, str(site.bias), site.kind, str(site.inside))
+            return (site.way, _place(site), str(site.bias), site.kind, str(site.inside))
+
+
+def _place(site: WeightSite) -> str:
+    """Return where code that is watched finds the weight."""
+    return site.computed_by if site.way == "swap" and site.computed_by else site.weight
 
 
 def _hyper_layer(
@@ -629,10 +634,14 @@ class _Swaps:
         """Swap what is inside a module, by names relative to it."""
         module = self.model.get_submodule(owner)
         names = {id(p): name for name, p in module.named_parameters()}
+        owners = {id(inner): name for name, inner in module.named_modules()}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
 
         def inside(name: str) -> str:
-            return names[id(parameters[name])]
+            if name in parameters:
+                return names[id(parameters[name])]
+            path, _, attribute = name.rpartition(".")
+            return f"{owners[id(self.model.get_submodule(path))]}.{attribute}".lstrip(".")
 
         uses = [
             WeightUse(inside(weight), None if bias is None else inside(bias), layer)

@@ -6,13 +6,14 @@ and attribute with the originals, in which a stand-in takes the place of what it
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -22,11 +23,15 @@ from stnify.layers import HyperLayer
 from stnify.untouched import attributes_restored
 
 
+OUTPUT = "out_proj.weight"
+"""The weight that tells an attention from others."""
+
+
 class WeightUse(NamedTuple):
     """A weight that responds inside a module, by names relative to it.
 
     Attributes:
-        weight: Name of the parameter.
+        weight: Name of the parameter, or of the attribute that is computed in its place.
         bias: Name of the bias that responds with it, if there is one.
         layer: What calls on it go to.
     """
@@ -129,22 +134,10 @@ class SwappedModule(nn.Module):
     ) -> Any:
         """Call the module with ``args`` and ``kwargs`` under this perturbation."""
         run: _Run = self.__dict__["_run"]
-        noisy = bool(run.pairs or run.attentions) and not torch.compiler.is_compiling()
-        before, run.ambient.constrained = run.ambient.constrained, constrained
-        for shadow, original in run.pairs:
-            _copy_attributes(original, shadow)
-        try:
-            if response_input is not None:
-                return _perturbed(run, args, kwargs, response_input, linearized)
-            with _attending(run), plain_checkpoints() if noisy else nullcontext():
-                output = run.shadow(*args, **kwargs)
-            for shadow, original in run.pairs:
-                _copy_attributes(shadow, original)
-            return output
-        finally:
-            run.ambient.constrained = before
-            for shadow, original in run.pairs:  # a perturbed pass leaves nothing behind
-                _copy_attributes(original, shadow)
+        call = (run, args, kwargs, response_input, constrained, linearized)
+        if torch.compiler.is_compiling() and _computes_weights(run):
+            return _eagerly(*call)
+        return _called(*call)
 
 
 class SwappedFunction(nn.Module):
@@ -185,39 +178,120 @@ class SwappedFunction(nn.Module):
             return self.function(*args, **kwargs)
 
 
+def _called(
+    run: _Run,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    response_input: Tensor | None,
+    constrained: Tensor | None,
+    linearized: bool,
+) -> Any:
+    noisy = bool(run.pairs or run.attentions) and not torch.compiler.is_compiling()
+    before, run.ambient.constrained = run.ambient.constrained, constrained
+    for shadow, original in run.pairs:
+        _copy_attributes(original, shadow)
+    try:
+        if response_input is not None:
+            return _perturbed(run, args, kwargs, response_input, linearized)
+        with _attending(run), plain_checkpoints() if noisy else nullcontext():
+            output = run.shadow(*args, **kwargs)
+        for shadow, original in run.pairs:
+            _copy_attributes(shadow, original)
+        return output
+    finally:
+        run.ambient.constrained = before
+        for shadow, original in run.pairs:  # a perturbed pass leaves nothing behind
+            _copy_attributes(original, shadow)
+
+
+# Compilers do not run the hooks that tell of computed weights.
+_eagerly = torch.compiler.disable(_called)
+
+
+def _known(run: _Run) -> list[KnownWeight]:
+    """Return the parameters that respond, as they are at the moment: perturbed passes replace them.
+
+    Weights that are computed in the place of parameters are not among them.
+    """
+    weights = [(use, _parameter(run.original, use.weight)) for use in run.uses]
+    return [_use(run, use, weight) for use, weight in weights if weight is not None]
+
+
+def _use(run: _Run, use: WeightUse, weight: Tensor) -> KnownWeight:
+    bias = None if use.bias is None else _parameter(run.original, use.bias)
+    return KnownWeight(weight, bias, use.layer, name=use.weight)
+
+
 def _drops(run: _Run) -> list[tuple[Tensor, Drop]]:
     """Return what drops attention weights, at the hyperparameters of the pass, if it does."""
     constrained = run.ambient.constrained
     if constrained is None:
         return []
     return [
-        (attention.out_proj.weight, partial(noise, constrained=constrained))
+        (weight, partial(noise, constrained=constrained))
         for attention, noise in run.attentions
+        if (weight := _parameter(attention, OUTPUT)) is not None
     ]
 
 
 def _attending(run: _Run) -> AbstractContextManager[Any]:
     """Return a context in which tuned noise acts on attention weights, if there is any."""
-    drops = _drops(run)
-    return WeightCalls([], None, False, drops) if drops else nullcontext()
+    if not run.attentions or run.ambient.constrained is None:
+        return nullcontext()
+    calls = WeightCalls([], None, False, _drops(run))
+    return calls if torch.compiler.is_compiling() else _watching(run, (), calls)
 
 
-def _known(run: _Run) -> list[KnownWeight]:
-    """Return the tensors the weights are at the moment; perturbed passes replace parameters."""
-    return [
-        KnownWeight(
-            _attribute(run.original, use.weight),
-            None if use.bias is None else _attribute(run.original, use.bias),
-            use.layer,
-            name=use.weight,
-        )
-        for use in run.uses
-    ]
+@contextmanager
+def _watching(run: _Run, uses: Sequence[WeightUse], calls: WeightCalls) -> Iterator[None]:
+    """Watch the calls of the body; tell of each weight of ``uses`` that is computed in it."""
+
+    def respond(use: WeightUse, weight: Tensor) -> None:
+        calls.known.append(_use(run, use, weight))
+
+    def drop(noise: nn.Module, weight: Tensor) -> None:
+        calls.drops.append((weight, partial(noise, constrained=run.ambient.constrained)))
+
+    with ExitStack() as stack:
+        for use in uses:
+            _when_computed(run.original, use.weight, partial(respond, use), stack)
+        for attention, noise in run.attentions if run.ambient.constrained is not None else ():
+            _when_computed(attention, OUTPUT, partial(drop, noise), stack)
+        stack.enter_context(calls)
+        yield
 
 
-def _attribute(module: nn.Module, name: str) -> Tensor:
+def _when_computed(
+    module: nn.Module, name: str, tell: Callable[[Tensor], None], stack: ExitStack
+) -> None:
+    """Tell of a weight each time it is computed, until the stack is closed; not of a parameter."""
+    owner, attribute = _owner(module, name)
+    if attribute in owner._parameters:
+        return
+    if parametrize.is_parametrized(owner, attribute):
+        lists = cast(nn.ModuleDict, owner.parametrizations)
+        hook = lists[attribute].register_forward_hook(lambda _, inputs, weight: tell(weight))
+    else:  # behind the hook that sets it; ``this`` may be a shadow of the owner
+        hook = owner.register_forward_pre_hook(lambda this, _: tell(getattr(this, attribute)))
+    stack.callback(hook.remove)
+
+
+def _computes_weights(run: _Run) -> bool:
+    """Whether a weight that is watched for is no parameter."""
+    places = [(run.original, use.weight) for use in run.uses]
+    places += [(attention, OUTPUT) for attention, _ in run.attentions]
+    return any(_parameter(module, name) is None for module, name in places)
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return the parameter of this name as it is at the moment, if it is one."""
+    owner, attribute = _owner(module, name)
+    return owner._parameters.get(attribute)
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, attribute = name.rpartition(".")
-    return cast(Tensor, getattr(module.get_submodule(path), attribute))
+    return module.get_submodule(path), attribute
 
 
 def _perturbed(
@@ -239,8 +313,8 @@ def _perturbed(
             if isinstance(module, nn.RNNBase):
                 _prepare_recurrent(module, calls, stack)
         stack.enter_context(plain_checkpoints())
-        with calls:
-            return run.shadow(*args, **kwargs)
+        stack.enter_context(_watching(run, run.uses, calls))
+        return run.shadow(*args, **kwargs)
 
 
 def _prepare_recurrent(network: nn.RNNBase, calls: WeightCalls, stack: ExitStack) -> None:
@@ -254,8 +328,9 @@ def _prepare_recurrent(network: nn.RNNBase, calls: WeightCalls, stack: ExitStack
         calls.order = inputs[0].sorted_indices if packed else None
 
     stack.callback(network.register_forward_pre_hook(remember).remove)
-    names: list[str] = network._flat_weights_names
-    network.__dict__["_flat_weights"] = [getattr(network, name) for name in names]
+    named = zip(network._flat_weights_names, network._flat_weights, strict=True)
+    present = [network._parameters.get(str(name), flat) for name, flat in named]
+    network.__dict__["_flat_weights"] = present
 
 
 def _shadow(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,6 +29,7 @@ class Case:
         left: Matrices and kernels that do not respond.
         shared: Layers whose rows belong to no single example.
         computed: Whether a weight that responds is computed from its parameter.
+        parametrized: Whether a module computes it, so that it is recognised in any code.
         optional: Whether an argument that may be left out is given; an example must show it.
         lost: Whether no weight of it can be recognised in code that is not traced.
         views: Whether it applies a view of a weight: another tensor, where code is not traced.
@@ -46,6 +47,7 @@ class Case:
     left: frozenset[str] = NOTHING
     shared: frozenset[str] = NOTHING
     computed: bool = False
+    parametrized: bool = False
     optional: bool = False
     lost: bool = False
     views: bool = False
@@ -63,6 +65,7 @@ def awkward(
     inputs: Callable[[int, int], Call], **options: Any
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Enter a module class in ``AWKWARD``."""
+    options["computed"] = options.get("computed") or options.get("parametrized", False)
     sizes = options.pop("sizes", RESOLUTIONS.get(inputs, (WIDTH,)))
 
     def enter(build: type[nn.Module]) -> type[nn.Module]:
@@ -482,7 +485,7 @@ def silently(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
 
-@awkward(vectors, left=frozenset({"layer.weight_g"}), computed=True)
+@awkward(vectors, left=frozenset({"layer.weight_g"}), parametrized=True)
 class OldWeightNorm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -493,7 +496,7 @@ class OldWeightNorm(nn.Module):
         return self.last(self.layer(inputs).tanh())
 
 
-@awkward(vectors, left=frozenset({"layer.parametrizations.weight.original0"}), computed=True)
+@awkward(vectors, left=frozenset({"layer.parametrizations.weight.original0"}), parametrized=True)
 class NewWeightNorm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -504,7 +507,7 @@ class NewWeightNorm(nn.Module):
         return self.last(self.layer(inputs).tanh())
 
 
-@awkward(images, left=frozenset({"layer.weight_orig"}))
+@awkward(images, parametrized=True)
 class OldSpectralNorm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -515,7 +518,7 @@ class OldSpectralNorm(nn.Module):
         return self.last(self.layer(inputs).tanh())
 
 
-@awkward(images, computed=True)
+@awkward(images, parametrized=True)
 class NewSpectralNorm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -533,7 +536,7 @@ class Symmetric(nn.Module):
         return matrix.triu() + matrix.triu(1).transpose(-1, -2)
 
 
-@awkward(vectors, computed=True)
+@awkward(vectors, parametrized=True)
 class OwnParametrization(nn.Module):
     def __init__(self):
         super().__init__()
@@ -542,6 +545,73 @@ class OwnParametrization(nn.Module):
 
     def forward(self, inputs):
         return self.last(self.layer(self.layer(inputs).tanh()))
+
+
+@awkward(
+    sequences,
+    left=frozenset({"recurrent.parametrizations.weight_hh_l0.original0"}),
+    parametrized=True,
+)
+class NewWeightNormInside(nn.Module):
+    """One of a recurrent layer's weights is computed; its code is not Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.LSTM(WIDTH, 4, batch_first=True)
+        parametrizations.weight_norm(self.recurrent, "weight_hh_l0")
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.last(self.recurrent(inputs)[0].mean(1))
+
+
+@awkward(sequences, left=frozenset({"recurrent.weight_hh_l0_g"}), parametrized=True)
+class OldWeightNormInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.GRU(WIDTH, 4, batch_first=True, bidirectional=True)
+        silently(nn.utils.weight_norm, self.recurrent, "weight_hh_l0")
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.last(self.recurrent(inputs)[0].mean(1))
+
+
+@awkward(sequences, parametrized=True)
+class Pruned(nn.Module):
+    """Its weights are masked, in a recurrent cell and in a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.last = nn.GRUCell(WIDTH, 4), nn.Linear(4, 3)
+        prune.l1_unstructured(self.cell, "weight_ih", 0.5)
+        prune.l1_unstructured(self.last, "weight", 0.5)
+        prune.l1_unstructured(self.last, "bias", 1)
+
+    def forward(self, inputs):
+        state = None
+        for step in inputs.unbind(1):
+            state = self.cell(step, state)
+        return self.last(state)
+
+
+@awkward(
+    sequences,
+    left=frozenset({"attention.out_proj.parametrizations.weight.original0"}),
+    parametrized=True,
+)
+class ParametrizedAttention(nn.Module):
+    """Both projections are computed, and the module of one of them is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        parametrizations.spectral_norm(self.attention, "in_proj_weight")
+        parametrizations.weight_norm(self.attention.out_proj)
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, inputs):
+        return self.last(self.attention(inputs, inputs, inputs)[0].mean(1))
 
 
 @awkward(sequences)

@@ -28,7 +28,8 @@ HPARAMS = [WeightDecay(init=1e-3), Hyperparameter("free", 0.5, (0.0, 1.0))]
 def wrapped(case: Case) -> Case:
     """The same inside a module that cannot be traced, so that it is swapped as a whole."""
     build = case.build
-    return replace(case, build=lambda: DataDependent(build()), inside="inner.", computed=False)
+    options = {"inside": "inner.", "computed": case.parametrized}
+    return replace(case, build=lambda: DataDependent(build()), **options)
 
 
 CASES = {

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from stnify.composites import DESCRIPTIONS, TENSOR_ATTRIBUTES
 from stnify.products import multiplication
+
+SUFFIXES = ("orig", "g", "v", "raw")
+"""Behind the name of a weight that hooks set: the names of the parameters they compute it from."""
 
 
 def parameters_behind(model: nn.Module, value: object) -> dict[str, nn.Parameter] | None:
@@ -33,6 +37,47 @@ def parameters_behind(model: nn.Module, value: object) -> dict[str, nn.Parameter
                 found[str(node.target)] = attribute
         pending.extend(node.all_input_nodes)
     return found
+
+
+def parameters_of(model: nn.Module, graph: fx.Graph, value: str) -> dict[str, nn.Parameter]:
+    """Return the parameters a computed weight is made of, by name.
+
+    Args:
+        model: The traced model.
+        graph: Its graph.
+        value: The node that computes the weight, or where a module that is not traced keeps it.
+    """
+    for node in graph.nodes:
+        if node.name == value:
+            return parameters_behind(model, node) or {}
+    owner, _, attribute = value.rpartition(".")
+    made_of = {id(p) for p in computing(model.get_submodule(owner), attribute)}
+    return {name: p for name, p in model.named_parameters() if id(p) in made_of}
+
+
+def computing(module: nn.Module, attribute: str) -> list[nn.Parameter]:
+    """Return the parameters that a module computes an attribute from, at each call.
+
+    It is parametrized, or a hook sets it, as those of pruning and older norms of weights do.
+    """
+    if parametrize.is_parametrized(module, attribute):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        return list(module.parametrizations[attribute].parameters())
+    if not isinstance(vars(module).get(attribute), Tensor):
+        return []
+    kept = [module._parameters.get(f"{attribute}_{suffix}") for suffix in SUFFIXES]
+    return [parameter for parameter in kept if parameter is not None]
+
+
+@torch.no_grad()
+def computed_value(module: nn.Module, attribute: str) -> Tensor:
+    """Return what a module computes in the place of a weight; its state stays as it is."""
+    if not parametrize.is_parametrized(module, attribute):
+        value: Tensor = vars(module)[attribute]
+        return value
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    computed: Tensor = copy.deepcopy(module.parametrizations[attribute])()
+    return computed
 
 
 def meeting_tables(model: nn.Module, graph: fx.Graph) -> set[str]:

@@ -1,10 +1,11 @@
-"""The weights PyTorch's modules own, and the operators that apply them."""
+"""The weights PyTorch's modules own, or compute at each call, and the operators that apply them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch.nn.utils.parametrize as parametrize
 from torch import nn
+
+from stnify.planning.computed import computing
 
 WEIGHT_MODULES: dict[type[nn.Module], str] = {
     nn.Linear: "Linear",
@@ -28,7 +29,7 @@ class OwnWeight(NamedTuple):
 
     Attributes:
         kind: Of the operator that applies it.
-        weight: Name of the parameter.
+        weight: Name of the parameter, or of the tensor that is computed in its place.
         bias: Name of the parameter that is added with it, if there is one.
     """
 
@@ -78,22 +79,25 @@ def public_names(kind: type[nn.Module]) -> list[str]:
 
 
 def own_weights(module: nn.Module) -> list[OwnWeight]:
-    """Return the weights a module owns itself; its children have their own."""
+    """Return the weights that are parameters of a module itself; its children have their own."""
+    return [own for own in _weights(module) if module._parameters.get(own.weight) is not None]
+
+
+def computed_weights(module: nn.Module) -> list[OwnWeight]:
+    """Return the weights that a module computes, as by a parametrization or by pruning."""
+    return [own for own in _weights(module) if computing(module, own.weight)]
+
+
+def _weights(module: nn.Module) -> Iterator[OwnWeight]:
+    """Yield what may be weights of a module, with the biases that are parameters."""
     known = [kind for kind in type(module).__mro__ if kind in MODULE_WEIGHTS]
-    if not known:
-        return []
-    parameters = module._parameters
-    return [
-        own._replace(bias=own.bias if parameters.get(own.bias or "") is not None else None)
-        for own in MODULE_WEIGHTS[known[0]](module)
-        if parameters.get(own.weight) is not None
-    ]
+    for own in MODULE_WEIGHTS[known[0]](module) if known else ():
+        has_bias = module._parameters.get(own.bias or "") is not None
+        yield own if has_bias else own._replace(bias=None)
 
 
 def reason_against(module: nn.Module) -> str:
     """Return why the weights of a module cannot respond; empty if they can."""
-    if parametrize.is_parametrized(module):
-        return "its weight is computed inside code that cannot be traced"
     if any(p is not None and p.dtype.is_complex for p in module._parameters.values()):
         return "has complex weights"
     table = module if isinstance(module, nn.Embedding | nn.EmbeddingBag) else None

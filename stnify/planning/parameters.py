@@ -6,7 +6,7 @@ from torch import Tensor, fx, nn
 
 from stnify.composites import DESCRIPTIONS, TENSOR_ATTRIBUTES
 from stnify.plan import WeightSite
-from stnify.planning.computed import parameters_behind
+from stnify.planning.computed import parameters_of
 from stnify.planning.modules import reason_against
 from stnify.trace import Traced
 
@@ -40,10 +40,8 @@ def _free_parameters(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     taken = {name for site in known for name in (site.weight, site.bias) if name is not None}
-    computing = {site.computed_by for site in known}
-    for node in traced.graph.nodes:
-        if node.name in computing:
-            taken |= (parameters_behind(model, node) or {}).keys()
+    for value in {site.computed_by for site in known if site.computed_by is not None}:
+        taken |= parameters_of(model, traced.graph, value).keys()
     held = {id(parameters[name]) for name in taken}
     return {
         id(parameter): name

@@ -11,12 +11,13 @@ from torch import nn
 from stnify.declare import Pattern
 from stnify.patterns import require_each
 from stnify.plan import Refusal, ResponseKind, WeightSite
-from stnify.planning.computed import meeting_tables, parameters_behind
+from stnify.planning.computed import computed_value, computing, meeting_tables, parameters_of
 from stnify.planning.functions import FunctionSites
 from stnify.planning.modules import (
     GATED_AXIS,
     WEIGHT_MODULES,
     OwnWeight,
+    computed_weights,
     own_weights,
     reason_against,
 )
@@ -74,12 +75,12 @@ def _candidates(model: nn.Module, traced: Traced) -> Iterator[WeightSite | Refus
         owner = str(node.target)
         module = model.get_submodule(owner)
         hooked = module._backward_hooks or module._backward_pre_hooks  # the module itself must run
-        if type(module) in WEIGHT_MODULES and not hooked:
+        if type(module) in WEIGHT_MODULES and not hooked and not computed_weights(module):
             for own in own_weights(module):
                 yield _module_site(functions.names, module, owner, own, node.name)
             continue
         for name, child in module.named_modules(prefix=owner):
-            for own in own_weights(child):
+            for own in (*own_weights(child), *computed_weights(child)):
                 key = f"{node.name}:{name}.{own.weight}"
                 found = _module_site(functions.names, child, name, own, key)
                 if isinstance(found, WeightSite):
@@ -114,7 +115,9 @@ def _module_site(
     reason = reason_against(module)
     if reason:
         return Refusal(name, reason)
-    weight: Any = module._parameters[own.weight]
+    behind = computing(module, own.weight)
+    weight: Any = computed_value(module, own.weight) if behind else module._parameters[own.weight]
+    parameter = max(behind, key=nn.Parameter.numel) if behind else weight
     bias = None if own.bias is None else module._parameters[own.bias]
     axis = GATED_AXIS.get(own.kind, 0)
     groups = module.groups if own.kind.startswith("ConvTranspose") else 1
@@ -124,12 +127,14 @@ def _module_site(
         kind=own.kind,
         way="module",
         node=node,
-        weight=names[id(weight)],
+        weight=names[id(parameter)],
         bias=None if bias is None else names[id(bias)],
-        weight_responds=weight.requires_grad,
+        weight_responds=parameter.requires_grad,
         bias_responds=bias is not None and bias.requires_grad,
         axis=axis,
         units=weight.shape[axis] * groups,
+        computed=tuple(weight.shape) if behind else None,
+        computed_by=f"{name}.{own.weight}".lstrip(".") if behind else None,
     )
     if not (site.weight_responds or site.bias_responds):
         return Refusal(name, "frozen (requires_grad=False)")
@@ -169,16 +174,12 @@ def _refuse_unused_weights(
 
 def _parts(model: nn.Module, traced: Traced, sites: Sequence[WeightSite]) -> dict[str, str]:
     """Return what to say of the parameters that weights which respond are computed from."""
-    nodes = {node.name: node for node in traced.graph.nodes}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parts: dict[str, str] = {}
     for site in sites:
-        if site.computed_by in nodes:
-            behind = parameters_behind(model, nodes[site.computed_by]) or {}
-            for parameter in behind.values():
-                reason = (
-                    f"is part of the computed weight of {site.name or '(root)'}, which responds"
-                )
+        if site.computed_by is not None:
+            reason = f"is part of the computed weight of {site.name or '(root)'}, which responds"
+            for parameter in parameters_of(model, traced.graph, site.computed_by).values():
                 parts.setdefault(names[id(parameter)], reason)
     return parts
 
