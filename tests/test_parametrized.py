@@ -113,9 +113,9 @@ def with_fixed_weights(model, stn, response_input):
         owner._forward_pre_hooks.clear()
         setattr(owner, attribute, nn.Parameter(changed))
         if site.bias is not None:
-            bias = stn.model.bias_responses()[site.bias](
-                general[site.bias], response_input[None]
-            )[0]
+            bias = stn.model.bias_responses()[site.bias](general[site.bias], response_input[None])[
+                0
+            ]
             getattr(owner, site.bias.rpartition(".")[2]).data.add_(bias.detach())
     return twin
 

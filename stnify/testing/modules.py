@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from stnify.streams import RandomStream
 
@@ -109,6 +110,23 @@ class Residual(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return ``inputs + inner(inputs)``."""
         return inputs + self.inner(inputs)
+
+
+class Normed(nn.Module):
+    """Computes each matrix and kernel of a module from its directions and lengths."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        for module in list(inner.modules()):
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter.ndim > 1:
+                    parametrizations.weight_norm(module, name)
+        self.inner = inner
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return ``inner(inputs)``."""
+        outputs: Tensor = self.inner(inputs)
+        return outputs
 
 
 class Twice(nn.Module):

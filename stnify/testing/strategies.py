@@ -23,6 +23,7 @@ from stnify.testing.modules import (
     Frozen,
     Functional,
     Mean,
+    Normed,
     Parallel,
     RandomModule,
     Recurrent,
@@ -64,8 +65,8 @@ def random_modules(draw: Draw, max_parts: int = 4) -> RandomModule:
     Linear layers, convolutions of one to three dimensions and transposed ones, embeddings and
     bags, bilinear forms, weights met by ``F.linear``, ``matmul`` and ``einsum``, attention by hand
     and ``nn.MultiheadAttention``, recurrent layers and cells, norms, activations, pooling, dropout;
-    residuals, branches, modules used twice, tied and frozen weights, modules that cannot be traced
-    through, steps folded into the batch; batches, channels and sequences of one.
+    residuals, branches, modules used twice, tied, frozen and normed weights, modules that cannot be
+    traced through, steps folded into the batch; batches, channels and sequences of one.
 
     Args:
         draw: Given by hypothesis.
@@ -155,7 +156,12 @@ def _weighted(shape: Shape) -> st.SearchStrategy[Part]:
         kinds += [_attention(shape), _recurrent(shape), _convolution(shape)]
     if len(shape) > 2:
         kinds += [_convolution(shape), _transposed_convolution(shape)]
-    return st.one_of(kinds)
+    return st.tuples(st.one_of(kinds), st.integers(0, 7)).map(_sometimes_normed)
+
+
+def _sometimes_normed(drawn: tuple[Part, int]) -> Part:
+    part, number = drawn
+    return Part(call(Normed, part.module), part.shape) if number == 7 else part
 
 
 def _small(part: Part) -> bool:
