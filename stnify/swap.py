@@ -22,7 +22,6 @@ from stnify.checkpoints import plain_checkpoints
 from stnify.layers import HyperLayer
 from stnify.untouched import attributes_restored
 
-
 OUTPUT = "out_proj.weight"
 """The weight that tells an attention from others."""
 
