@@ -10,8 +10,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from stnify.errors import UnsupportedModuleError, UsageError
+from stnify.kept import named_globals
 from stnify.tunable import TunableModule
-from stnify.untouched import named_globals
 
 WRAPPERS: dict[str, str] = {
     "DataParallel": "Convert the `.module` inside.",

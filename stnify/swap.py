@@ -1,8 +1,7 @@
 """Rewrite a module from the inside, where its forward cannot be traced.
 
 The module's own code runs. Its weights are recognised in the calls that use them, see ``calls``.
-Noise is swapped in by a *shadow*: a copy of the module objects that shares every parameter, buffer
-and attribute with the originals, in which a stand-in takes the place of what it replaces.
+Noise is swapped in by a copy of the module objects, see ``shadow``.
 """
 
 from collections import OrderedDict
@@ -20,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from stnify.calls import Drop, KnownWeight, WeightCalls
 from stnify.checkpoints import plain_checkpoints
 from stnify.layers import HyperLayer
+from stnify.shadow import Ambient, NoiseStandIn, copy_attributes, shadow_of
 from stnify.untouched import attributes_restored
 
 OUTPUT = "out_proj.weight"
@@ -40,17 +40,6 @@ class WeightUse(NamedTuple):
     layer: HyperLayer
 
 
-@dataclass
-class Ambient:
-    """The hyperparameters of the pass that is running.
-
-    Attributes:
-        constrained: ``(h,)`` or ``(batch, h)``, or None.
-    """
-
-    constrained: Tensor | None = None
-
-
 @dataclass(frozen=True)
 class _Run:
     """What a swapped module calls, and the originals its parts are kept equal to."""
@@ -61,37 +50,6 @@ class _Run:
     pairs: list[tuple[nn.Module, nn.Module]]
     uses: tuple[WeightUse, ...]
     attentions: tuple[tuple[nn.MultiheadAttention, nn.Module], ...]
-
-
-class NoiseStandIn(nn.Module):
-    """Takes a noise module's place with the ambient hyperparameters; registers nothing."""
-
-    def __init__(self, original: nn.Module, added: nn.Module, ambient: Ambient) -> None:
-        super().__init__()
-        self.__dict__.update(_original=original, _added=added, _ambient=ambient)
-
-    def __getattr__(self, name: str) -> Any:
-        original = self.__dict__.get("_original")
-        if original is None:
-            raise AttributeError(name)
-        return getattr(original, name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """What code that asks for the type of the module is told."""
-        return type(self._original)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _bare_stand_in, (), self.__dict__
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the noise."""
-        return cast(Tensor, self._added(input, self._ambient.constrained))
-
-
-def _bare_stand_in() -> NoiseStandIn:
-    """Return a stand-in without attributes: what pickling fills."""
-    return object.__new__(NoiseStandIn)
 
 
 class SwappedModule(nn.Module):
@@ -117,7 +75,7 @@ class SwappedModule(nn.Module):
             else:
                 stand_ins[replaced] = NoiseStandIn(replaced, module, ambient)
         pairs: list[tuple[nn.Module, nn.Module]] = []
-        shadow = _shadow(original, stand_ins, pairs)
+        shadow = shadow_of(original, stand_ins, pairs)
         # Kept out of the registries: the user's own tree holds the parameters already.
         self.__dict__["_run"] = _Run(
             ambient, original, shadow, pairs, tuple(uses), tuple(attentions)
@@ -188,19 +146,19 @@ def _called(
     noisy = bool(run.pairs or run.attentions) and not torch.compiler.is_compiling()
     before, run.ambient.constrained = run.ambient.constrained, constrained
     for shadow, original in run.pairs:
-        _copy_attributes(original, shadow)
+        copy_attributes(original, shadow)
     try:
         if response_input is not None:
             return _perturbed(run, args, kwargs, response_input, linearized)
         with _attending(run), plain_checkpoints() if noisy else nullcontext():
             output = run.shadow(*args, **kwargs)
         for shadow, original in run.pairs:
-            _copy_attributes(shadow, original)
+            copy_attributes(shadow, original)
         return output
     finally:
         run.ambient.constrained = before
         for shadow, original in run.pairs:  # a perturbed pass leaves nothing behind
-            _copy_attributes(original, shadow)
+            copy_attributes(original, shadow)
 
 
 # Compilers do not run the hooks that tell of computed weights.
@@ -330,32 +288,3 @@ def _prepare_recurrent(network: nn.RNNBase, calls: WeightCalls, stack: ExitStack
     named = zip(network._flat_weights_names, network._flat_weights, strict=True)
     present = [network._parameters.get(str(name), flat) for name, flat in named]
     network.__dict__["_flat_weights"] = present
-
-
-def _shadow(
-    module: nn.Module,
-    stand_ins: dict[nn.Module, nn.Module],
-    pairs: list[tuple[nn.Module, nn.Module]],
-) -> nn.Module:
-    """Return ``module`` with stand-ins; modules without any inside are the originals themselves."""
-    if module in stand_ins:
-        return stand_ins[module]
-    if not any(child in stand_ins for child in module.modules()):
-        return module
-    shadow: nn.Module = object.__new__(type(module))
-    stand_ins[module] = shadow  # a module under two names is one shadow
-    shadow.__dict__.update(module.__dict__)
-    shadow.__dict__["_modules"] = {
-        key: None if child is None else _shadow(child, stand_ins, pairs)
-        for key, child in module._modules.items()
-    }
-    pairs.append((shadow, module))
-    return shadow
-
-
-def _copy_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` every attribute of ``source`` but its children."""
-    children = target.__dict__["_modules"]
-    target.__dict__.clear()
-    target.__dict__.update(source.__dict__)
-    target.__dict__["_modules"] = children

@@ -19,13 +19,13 @@ from stnify.attributes import Attributes, attributes
 from stnify.augment import Augment
 from stnify.checkpoints import plain_checkpoints
 from stnify.errors import ShapeError, UsageError
+from stnify.kept import kept_tensors
 from stnify.layers import BiasResponse, HyperLayer, WeightResponse
 from stnify.penalties import Recorder, ancestors
 from stnify.regularizers import weight_factors, weights_scaled
 from stnify.space import HyperparameterSpace
 from stnify.streams import RandomStream
 from stnify.targets import Mixing
-from stnify.untouched import kept_tensors
 
 PREFIX = "_stnify"
 """Name under which a tunable model keeps everything that is not the user's."""

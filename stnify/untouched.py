@@ -1,36 +1,23 @@
 """Code that is run to learn something leaves nothing behind in the model."""
 
-import operator
 import random
 import sys
-from collections import deque
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from types import (
-    BuiltinFunctionType,
-    BuiltinMethodType,
-    CodeType,
-    FunctionType,
-    MethodType,
-    ModuleType,
-)
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-DEPTH = 3
-"""Levels of containers and objects, one inside the other, that are looked into."""
+from stnify.kept import (
+    REGISTRIES,
+    content,
+    contents,
+    kept_values,
+    put_back,
+    same_content,
+    tensors_of,
+)
 
 
 @contextmanager
@@ -46,7 +33,7 @@ def attributes_restored(model: nn.Module) -> Iterator[dict[str, Any]]:
     held = contents(values)
     tensors = [
         (tensor, tensor._version, tensor.detach().clone())
-        for tensor in _not_registered(model, _tensors(values, [holder for holder, _ in held]))
+        for tensor in _not_registered(model, tensors_of(values, [holder for holder, _ in held]))
         if tensor.grad_fn is None and not tensor.is_inference()
     ]
     added: dict[str, Any] = {}
@@ -101,232 +88,3 @@ def _not_registered(model: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]
         return []
     registered = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     return [tensor for tensor in tensors if id(tensor) not in registered]
-
-
-# What attributes hold -----------------------------------------------------------------------------
-
-
-def holders(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield what code can change without setting an attribute of a module.
-
-    These are dictionaries, lists, sets, queues, arrays, generators and objects of the user's own
-    types, inside each other down to ``DEPTH``; each once. Modules and tensors are not looked into.
-    """
-    known: set[int] = set()
-    level = list(values)
-    for _ in range(DEPTH):
-        found = [value for value in _unpacked(level) if _holds(value)]
-        level = []
-        for holder in found:
-            if id(holder) not in known:
-                known.add(id(holder))
-                yield holder
-                level += _entries(holder)
-
-
-def _unpacked(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield values; of a tuple what is in it, and of a generator's method the generator."""
-    for value in values:
-        if isinstance(value, tuple):
-            yield from _unpacked(value)
-        elif isinstance(value, MethodType | BuiltinMethodType) and _generator(value.__self__):
-            yield value.__self__
-        else:
-            yield value
-
-
-def kept_tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among ``values`` and in what ``holders`` finds there."""
-    given = list(values)
-    return _tensors(given, holders(given))
-
-
-def kept_values(module: nn.Module) -> dict[str, Any]:
-    """Return what a module's attributes hold, and the globals its code names that can change.
-
-    Left out are the registries that every module has; of globals there are containers, arrays,
-    tensors and generators.
-    """
-    found = {name: value for name, value in vars(module).items() if name not in REGISTRIES}
-    for scope, name in named_globals(type(module)):
-        value = scope.get(name)
-        if isinstance(value, (dict, *SEQUENCES, Tensor)) or _is_array(value) or _generator(value):
-            found[f"global {name}"] = value
-    return found
-
-
-def named_globals(kind: type) -> Sequence[tuple[dict[str, Any], str]]:
-    """Return the globals that the methods of a user's class name, and where they are."""
-    if kind not in _GLOBALS:
-        owners = [k for k in kind.__mro__ if k.__module__.split(".")[0] not in STANDARD]
-        functions = [f for k in owners for f in vars(k).values() if isinstance(f, FunctionType)]
-        _GLOBALS[kind] = [(f.__globals__, name) for f in functions for name in _names(f.__code__)]
-    return _GLOBALS[kind]
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
-
-
-_GLOBALS: MutableMapping[type, Sequence[tuple[dict[str, Any], str]]] = WeakKeyDictionary()
-
-
-REGISTRIES = set(nn.Module().__dict__)
-"""Attributes of every module: of its parameters, buffers, modules and hooks, and its mode."""
-
-
-def contents(values: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Return all ``holders`` and what each holds, for ``put_back``."""
-    return [(holder, content(holder)) for holder in holders(values)]
-
-
-def content(holder: Any) -> Any:
-    """Return a copy of what a holder holds; of a generator its state."""
-    if isinstance(holder, dict):
-        return dict(dict.items(holder))  # some types make their values when they are read
-    if isinstance(holder, SEQUENCES):
-        return list(holder)
-    if _is_array(holder):
-        return holder.copy()
-    generator = _generator(holder)
-    return _fields(holder) if generator is None else generator[0]()
-
-
-def put_back(holder: Any, content: Any) -> None:
-    """Let a holder hold what ``content`` said it did."""
-    if isinstance(holder, dict | set):
-        holder.clear()
-        holder.update(content)
-    elif isinstance(holder, list | deque):
-        holder.clear()
-        holder.extend(content)
-    elif _is_array(holder):
-        holder[...] = content
-    elif (generator := _generator(holder)) is not None:
-        generator[1](content)
-    else:
-        _set_fields(holder, content)
-
-
-def same_content(holder: Any, before: Any) -> bool:
-    """Whether a holder still holds the very same objects; a generator, the same state."""
-    now = content(holder)
-    if isinstance(holder, SEQUENCES):
-        return _same(now, before)
-    if _is_array(holder):
-        return bool(now.tobytes() == before.tobytes())
-    if isinstance(holder, dict) or _plain(holder):
-        return _same(now, before) and _same(now.values(), before.values())
-    return repr(_numbers(now)) == repr(_numbers(before))
-
-
-def _same(now: Collection[Any], before: Collection[Any]) -> bool:
-    return len(now) == len(before) and all(map(operator.is_, now, before))
-
-
-def _tensors(values: Iterable[Any], holders: Iterable[Any]) -> list[Tensor]:
-    inside = [entry for holder in holders for entry in _entries(holder)]
-    return [value for value in _unpacked([*values, *inside]) if isinstance(value, Tensor)]
-
-
-def _holds(value: Any) -> bool:
-    if type(value) in PASSIVE:
-        return False
-    contained = isinstance(value, (dict, *SEQUENCES)) or _is_array(value)
-    return contained or bool(_generator(value)) or _plain(value)
-
-
-SEQUENCES = (list, set, deque)
-
-PASSIVE = {bool, int, float, complex, str, bytes, type(None), nn.Parameter, Tensor, FunctionType}
-"""Frequent types that hold nothing code could change, but for the numbers of tensors."""
-
-
-LARGE = 1000
-"""Entries of a container, as of a vocabulary, beyond which they are not looked into one by one."""
-
-
-def _entries(holder: Any) -> list[Any]:
-    if isinstance(holder, (dict, *SEQUENCES)) and len(holder) > LARGE:
-        return []
-    if isinstance(holder, dict):
-        return list(dict.values(holder))
-    if isinstance(holder, SEQUENCES):
-        return list(holder)
-    return list(_fields(holder).values()) if _plain(holder) else []
-
-
-def _is_array(value: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
-
-
-def _plain(value: Any) -> bool:
-    """Whether a value is an object of the user's, with attributes of its own."""
-    if isinstance(value, CODE) or _is_array(value) or _generator(value) is not None:
-        return False
-    return isinstance(getattr(value, "__dict__", None), dict) or bool(_slots(type(value)))
-
-
-CODE = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, partial)
-"""What has attributes, and is not looked into."""
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    """Return the attributes that instances of a user's class have in slots."""
-    owners = [k for k in kind.__mro__ if k.__module__.split(".")[0] not in STANDARD]
-    several = [vars(owner).get("__slots__", ()) for owner in owners]
-    names = [name for slots in several for name in ([slots] if isinstance(slots, str) else slots)]
-    return tuple(name for name in names if name not in {"__dict__", "__weakref__"})
-
-
-STANDARD = {*sys.stdlib_module_names, "builtins", "torch", "numpy"}
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """Return an object's attributes, those in slots too."""
-    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
-    return {**getattr(value, "__dict__", {}), **slots}
-
-
-def _set_fields(value: Any, fields: Mapping[str, Any]) -> None:
-    slots = _slots(type(value))
-    if hasattr(value, "__dict__"):
-        vars(value).clear()
-        vars(value).update({name: field for name, field in fields.items() if name not in slots})
-    for name in slots:
-        if name in fields:
-            object.__setattr__(value, name, fields[name])
-        elif hasattr(value, name):
-            object.__delattr__(value, name)
-
-
-Generator = tuple[Callable[[], Any], Callable[[Any], Any]]
-
-
-def _generator(value: Any) -> Generator | None:
-    """Return what reads and what sets the state of a generator of random numbers."""
-    match value:
-        case random.Random():
-            return value.getstate, value.setstate
-        case torch.Generator():
-            return value.get_state, value.set_state
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.random.RandomState):
-        return value.get_state, value.set_state
-    if numpy is not None and isinstance(value, numpy.random.Generator):
-        bits = value.bit_generator
-        return lambda: bits.state, lambda state: setattr(bits, "state", state)
-    return None
-
-
-def _numbers(state: Any) -> Any:
-    """Return a generator's state in numbers that print in full."""
-    match state:
-        case dict():
-            return {key: _numbers(value) for key, value in state.items()}
-        case tuple() | list():
-            return [_numbers(value) for value in state]
-        case _:
-            return state.tolist() if hasattr(state, "tolist") else state

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import fx, nn
 
-from stnify.untouched import holders, kept_values
+from stnify.kept import holders, kept_values
 
 Scope = dict[str, Any]
 

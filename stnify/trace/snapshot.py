@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
-from stnify.untouched import PASSIVE, contents, kept_values, put_back, same_content
+from stnify.kept import PASSIVE, contents, kept_values, put_back, same_content
 
 CONSTANT = "_tensor_constant"
 """How fx names the tensors made while tracing, which it keeps on the root."""

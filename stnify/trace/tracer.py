@@ -16,9 +16,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from stnify.kept import kept_tensors, kept_values
 from stnify.trace.functions import TracedFunctions
 from stnify.trace.snapshot import ChangedAttributeError, Snapshot
-from stnify.untouched import kept_tensors, kept_values
 
 NORMALIZATIONS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,
