@@ -8,8 +8,8 @@ not run again, so it goes on where it was interrupted. Tasks are those of ``benc
 
 ``grid`` holds five strengths, the same for every hyperparameter. What ``SETTINGS`` names is tuned
 from a low, a middle and a high start; ``replay`` trains a plain model by the schedule that
-``default`` found. ``random`` and ``tpe`` are searches of as many runs as fit in the time of
-``default``, and in five times that time.
+``default`` found. ``random`` and ``tpe`` are searches of as many runs as fit in the time of a tuned
+one, which is taken just before, and in five times that time.
 """
 
 import argparse
@@ -62,14 +62,14 @@ def row(method: str, start: str, found: Run, **more: Any) -> Row:
     return {"method": method, "start": start, **losses, **times, "values": values, **more}
 
 
-def grid(task: Task, data: Data, seed: int, rows: Sequence[Row]) -> Iterator[Row]:
+def grid(task: Task, data: Data, seed: int) -> Iterator[Row]:
     """Hold each strength of the grid."""
     for strength in GRID:
         found = run(task, data, seed, strength, {"method": "fixed"})
         yield row("grid", str(strength), found)
 
 
-def tuned(task: Task, data: Data, seed: int, rows: Sequence[Row], method: str) -> Iterator[Row]:
+def tuned(task: Task, data: Data, seed: int, method: str) -> Iterator[Row]:
     """Tune from each start by the settings of that name; replay what the defaults found."""
     for start, strength in STARTS.items():
         found = run(task, data, seed, strength, SETTINGS[method])
@@ -79,33 +79,30 @@ def tuned(task: Task, data: Data, seed: int, rows: Sequence[Row], method: str) -
             yield row("replay", start, run(task, data, seed, strength, replayed))
 
 
-def random(task: Task, data: Data, seed: int, rows: Sequence[Row]) -> Iterator[Row]:
+def random(task: Task, data: Data, seed: int) -> Iterator[Row]:
     """Search at random."""
     sampler = optuna.samplers.RandomSampler(seed=seed)
-    yield from _searched(task, data, seed, rows, "random", sampler)
+    yield from _searched(task, data, seed, "random", sampler)
 
 
-def tpe(task: Task, data: Data, seed: int, rows: Sequence[Row]) -> Iterator[Row]:
+def tpe(task: Task, data: Data, seed: int) -> Iterator[Row]:
     """Search by TPE."""
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
-    yield from _searched(task, data, seed, rows, "tpe", sampler)
+    yield from _searched(task, data, seed, "tpe", sampler)
 
 
 def _searched(
-    task: Task, data: Data, seed: int, rows: Sequence[Row], method: str, sampler: Any
+    task: Task, data: Data, seed: int, method: str, sampler: optuna.samplers.BaseSampler
 ) -> Iterator[Row]:
     """Try values until the budget is spent; give the best at each budget."""
-    defaults = [r for r in rows if r["method"] == "default"]
-    if not defaults:
-        raise SystemExit("a search needs the time of `default`: run that first.")
-    limit = median(r["seconds"] for r in defaults)
+    self_tuned = run(task, data, seed, STARTS["middle"], SETTINGS["default"])
     study = optuna.create_study(sampler=sampler)
     best: Run | None = None
     spent = 0.0
     for budget in BUDGETS:
-        while spent < budget * limit:
+        while spent < budget * self_tuned.seconds:
             trial = study.ask()
-            strengths = {n: trial.suggest_float(n, *SEARCHED) for n in defaults[0]["values"]}
+            strengths = {n: trial.suggest_float(n, *SEARCHED) for n in self_tuned.values}
             schedule = History([Record(0, _values(task, strengths), {}, float("nan"))])
             settings = {"method": "fixed", "schedule": schedule}
             found = run(task, data, seed, GRID[2], settings)
@@ -128,7 +125,7 @@ def _values(task: Task, strengths: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-METHODS: dict[str, Callable[[Task, Data, int, Sequence[Row]], Iterator[Row]]] = {
+METHODS: dict[str, Callable[[Task, Data, int], Iterator[Row]]] = {
     "grid": grid,
     **{name: partial(tuned, method=name) for name in SETTINGS},
     "random": random,
@@ -139,12 +136,12 @@ METHODS: dict[str, Callable[[Task, Data, int, Sequence[Row]], Iterator[Row]]] = 
 USUAL = ("grid", "default", "paper", "random", "tpe")
 
 
-def one(folder: Path, name: str, method: str, seed: int, rows: Sequence[Row]) -> list[Row]:
+def one(folder: Path, name: str, method: str, seed: int) -> list[Row]:
     """Return all rows of one method with one seed."""
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     task = TASKS[name]
-    found = METHODS[method](task, task.load(folder, seed), seed, rows)
+    found = METHODS[method](task, task.load(folder, seed), seed)
     commit = circumstances(torch.device("cpu"))["commit"]
     return [{"task": name, "seed": seed, **r, "commit": commit} for r in found]
 
@@ -229,24 +226,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     rows: list[Row] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    for stage in (("grid", *SETTINGS), ("random", "tpe")):  # searches need a time
-        wanted = [
-            (name, method, seed)
-            for name in options.tasks
-            for method in stage
-            if method in options.methods
-            for seed in range(options.seeds or TASKS[name].seeds)
-            if not chosen(rows, task=name, method=method, seed=seed)
-        ]
-        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-            futures = [
-                pool.submit(one, options.data, *job, chosen(rows, task=job[0], seed=job[2]))
-                for job in wanted
-            ]
-            for future in as_completed(futures):
-                rows += future.result()
-                write(options.out, rows)
-                print(*future.result(), sep="\n", flush=True)
+    wanted = [
+        (name, method, seed)
+        for name in options.tasks
+        for method in METHODS
+        if method in options.methods
+        for seed in range(options.seeds or TASKS[name].seeds)
+        if not chosen(rows, task=name, method=method, seed=seed)
+    ]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(one, options.data, *job) for job in wanted]
+        for future in as_completed(futures):
+            rows += future.result()
+            write(options.out, rows)
+            print(*future.result(), sep="\n", flush=True)
     write(options.out, rows)
     for entry in summary(rows):
         print(entry)
