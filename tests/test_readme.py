@@ -200,6 +200,39 @@ def test_it_says_how_many_aims_of_short_runs_are_met():
     assert f"{met - 1} of {len(bars)} are met" not in README
 
 
+def signs_at_the_end(task):
+    """For each settings and point, how many signs that retraining to the end knows are right."""
+    report = json.loads((RESULTS / f"hypergradient_{task}.json").read_text())
+    found = {}
+    for start in report["starts"].values():
+        for settings, estimate in start["estimates"].items():
+            for point in estimate["points"]:
+                signs = point["compared"]["signs"]
+                last = max((k for k in signs if k.startswith("retrained")), key=numbers_last)
+                found.setdefault(settings, []).append(tuple(signs[last]))
+    return found
+
+
+def numbers_last(name):
+    return int(name.split()[1])
+
+
+def test_the_signs_it_tells_of_are_the_measured_ones():
+    found = signs_at_the_end("mnist_mlp")
+    right = {name: sum(one for one, _ in points) for name, points in found.items()}
+    known = {sum(of for _, of in points) for points in found.values()}
+    text = " ".join(README.split())
+    assert known == {15}
+    said = f"{right['default']} of the 15 signs that retraining to the end knows are right"
+    assert said in text
+    assert f"{said} by the default settings, {right['paper']} by the papers'" in text
+    ridge = signs_at_the_end("ridge")
+    all_right = {n: sum(one == of for one, of in points) for n, points in ridge.items()}
+    assert len(ridge["default"]) == 6
+    assert (all_right["default"], all_right["single perturbations"]) == (5, 1)
+    assert "right at five of six points, the single ones at one" in text
+
+
 def test_the_aims_of_the_smaller_tables_are_met():
     counts = json.loads((RESULTS / "hyperparameter_count_cpu.json").read_text())["results"]
     ratio = {result["hyperparameters"]: result["ratio"]["median"] for result in counts}
