@@ -53,12 +53,12 @@ def refuse_model(model: nn.Module) -> None:
                 f"every parameter must hold data, but {name!r} is on the meta device. Move the "
                 f'model with `model.to_empty(device="cpu")` and initialise it first.'
             )
-        if tensor.layout is not torch.strided:
-            raise UnsupportedModuleError(
-                f"every parameter must be a dense tensor, but {name!r} has layout {tensor.layout}. "
-                f"Replace it by `.to_dense()`."
-            )
     for name, parameter in model.named_parameters():
+        if parameter.layout is not torch.strided:
+            raise UnsupportedModuleError(
+                f"every parameter must be a dense tensor, but {name!r} has layout "
+                f"{parameter.layout}. Replace it by `.to_dense()`."
+            )
         if parameter.is_complex():
             raise UnsupportedModuleError(
                 f"every parameter must hold real numbers, but {name!r} is {parameter.dtype}. Keep "

@@ -241,6 +241,10 @@ def _normalize(
     return forward_ad.make_dual(normal.clone(), (tangent - normal * along) / length)
 
 
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+
+
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     others = None if dim == -1 else [other for other in range(v.ndim) if other != dim]
     return v * (g / torch.linalg.vector_norm(v, 2, others, keepdim=dim != -1))
@@ -280,6 +284,7 @@ FORWARD_MODE_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: _scaled_dot_product_attention,
     F.multi_head_attention_forward: _multi_head_attention,
     torch._weight_norm: _weight_norm,
+    torch.cdist: _cdist,
     # The derivative of PyTorch's rule is NaN for vectors of zeros, such as padding.
     F.normalize: _normalize,
     F.hardsigmoid: _hardsigmoid,
@@ -290,6 +295,38 @@ FORWARD_MODE_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **{function: partial(cell, F.linear) for function, cell in RECURRENT_CELLS.items()},
 }
 """Operator to the decomposition used in the linearised pass, and only there."""
+
+
+PRODUCTS: set[Callable[..., Any]] = {
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+    torch.mm,
+    Tensor.mm,
+    torch.sparse.mm,
+    torch.spmm,
+}
+"""Operators that multiply a sparse matrix, such as who is whose neighbour, with activations."""
+
+
+def _is_sparse(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is not torch.strided
+
+
+def _sparse_product(func: Callable[..., Any], left: Tensor, right: Tensor) -> Any:
+    """Multiply a sparse and a dense matrix; only the dense one may have a tangent."""
+    if _is_sparse(left) and _is_sparse(right):
+        return func(left, right)
+    sparse, dense = (left, right) if _is_sparse(left) else (right, left)
+    primal, tangent = forward_ad.unpack_dual(dense)
+
+    def multiply(values: Tensor) -> Tensor:
+        product: Tensor = func(sparse, values) if sparse is left else func(values, sparse)
+        return product
+
+    outputs = multiply(primal)
+    return outputs if tangent is None else forward_ad.make_dual(outputs, multiply(tangent))
 
 
 LINEAR_OPERATORS = {
@@ -382,5 +419,7 @@ class ForwardModeRules(TorchFunctionMode):
             _refuse_derivative(*args, **(kwargs or {}))
         if not torch.compiler.is_compiling() and _is_custom(func):
             return _custom(func, *args, **(kwargs or {}))
+        if func in PRODUCTS and any(map(_is_sparse, args)):
+            return _sparse_product(func, *args)
         rule = MET_OPERATORS.get(func) or FORWARD_MODE_RULES.get(func, func)
         return rule(*args, **(kwargs or {}))

@@ -235,6 +235,8 @@ Generator = tuple[Callable[[], Any], Callable[[Any], Any]]
 def _generator(value: Any) -> Generator | None:
     """Return what reads and what sets the state of a generator of random numbers."""
     match value:
+        case random.SystemRandom():  # has no state
+            return None
         case random.Random():
             return value.getstate, value.setstate
         case torch.Generator():

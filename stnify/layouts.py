@@ -188,7 +188,7 @@ def first_examples(inputs: Any, full: int, count: int) -> Any:
     def pick(value: Any) -> Any:
         if isinstance(value, list):
             return [value[index] for index in chosen.tolist()]
-        batched = value.ndim > 0 and value.shape[0] == full
+        batched = value.ndim > 0 and value.shape[0] == full and value.layout is torch.strided
         return value[chosen.to(value.device)] if batched else value
 
     return map_tensors(pick, inputs, partial(by_example, batch=full))
@@ -207,7 +207,8 @@ def _with_one_changed(inputs: Any, batch: int, index: int) -> Any:
         if isinstance(value, list):
             entry = map_tensors(lambda tensor: _changed(tensor, ...), value[index])
             return [*value[:index], entry, *value[index + 1 :]]
-        if not value.ndim or value.shape[0] != batch or (several and _is_largest(value, index)):
+        batched = value.ndim > 0 and value.shape[0] == batch and value.layout is torch.strided
+        if not batched or (several and _is_largest(value, index)):
             return value
         return _changed(value, index)
 

@@ -235,10 +235,17 @@ def _constants(graph: nn.Module) -> dict[str, Tensor]:
         for name, tensor in own if not path.startswith(PREFIX) else module._buffers.items():
             if tensor is not None:
                 if id(tensor) not in made:
-                    parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = tensor.detach() if parameter else tensor.clone()
+                    made[id(tensor)] = _constant(tensor)
                 constants[f"{path}.{name}" if path else name] = made[id(tensor)]
     return constants
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.clone()
+    if torch.compiler.is_compiling():
+        return tensor.detach()
+    return nn.Parameter(tensor.detach(), requires_grad=False)  # what `get_parameter` looks for
 
 
 def _primal_plus_tangent(value: Tensor) -> Tensor:

@@ -369,8 +369,9 @@ class Tunables(nn.Module):
 
     @contextmanager
     def buffers_restored(self) -> Iterator[None]:
-        """Undo what the body does to buffers."""
-        before = [(buffer, buffer.clone()) for buffer in self.graph.buffers()]
+        """Undo what the body does to buffers; sparse ones are constants."""
+        dense = [buffer for buffer in self.graph.buffers() if buffer.layout is torch.strided]
+        before = [(buffer, buffer.clone()) for buffer in dense]
         try:
             yield
         finally:

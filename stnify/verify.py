@@ -52,12 +52,17 @@ def verify(
     """
     inputs: Inputs = map_tensors(torch.clone, (args, dict(kwargs)))
     private = RandomStream(0, model._stnify.space.unconstrained.device)
-    with private.active(), _parameters_restored(model) as changed:
-        with evaluating(model):
-            _refuse_difference(model, inputs)
-        with _training(model):
-            _refuse_difference_in_training(model, inputs)
-        words = _layouts(model, inputs)
+    changed: list[str] = []
+    try:
+        with private.active(), _parameters_restored(model, changed):
+            with evaluating(model):
+                _refuse_difference(model, inputs)
+            with _training(model):
+                _refuse_difference_in_training(model, inputs)
+            words = _layouts(model, inputs)
+    except TraceError:
+        if not changed:
+            raise
     if changed:
         raise UnsupportedModuleError(
             f"a model must not change its parameters while it predicts, because perturbed passes "
@@ -107,14 +112,16 @@ def _refuse_difference_in_training(model: TunableModule, inputs: Inputs) -> None
 
     Noise of PyTorch's and timm's modules, and all that was added, are off.
     """
-    full = batch_size(inputs)
-    few = first_examples(inputs, full, PROBES) if full else inputs
     original, graph = model._stnify.original, model._stnify.graph
-    try:
-        expected, again = (_outputs(model, original, few, seed) for seed in (0, 1))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    for few in _fewer(inputs):
+        try:
+            expected, again = (_outputs(model, original, few, seed) for seed in (0, 1))
+            break
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            continue
+    else:
         return
     if not _agree(_close, expected, again):
         return
@@ -123,6 +130,14 @@ def _refuse_difference_in_training(model: TunableModule, inputs: Inputs) -> None
     model._stnify.forget_records()
     if not _agree(_close, expected, found):
         raise _other(model, "", "train")
+
+
+def _fewer(inputs: Inputs) -> Iterator[Inputs]:
+    """Yield a few examples, then all: inputs that index into others cannot be cut."""
+    full = batch_size(inputs)
+    if full:
+        yield first_examples(inputs, full, PROBES)
+    yield inputs
 
 
 def _other(model: TunableModule, how: str, mode: str) -> TraceError:
@@ -208,13 +223,12 @@ def _is_noise(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _parameters_restored(model: TunableModule) -> Iterator[list[str]]:
-    """Put parameters back that the body changes, also on errors; yield their names, afterwards."""
+def _parameters_restored(model: TunableModule, changed: list[str]) -> Iterator[None]:
+    """Put parameters back that the body changes, also on errors; add their names to ``changed``."""
     parameters = model._stnify.general_parameters()
     before = {name: (p.detach().clone(), p._version) for name, p in parameters.items()}
-    changed: list[str] = []
     try:
-        yield changed
+        yield
     finally:
         for name, (value, version) in before.items():
             parameter = parameters[name]

@@ -145,6 +145,12 @@ def test_passes_in_a_row_are_those_of_the_original(kind, around):
     assert "" not in stn.plan.traced.opaque or around is not Inside, "only what keeps is a leaf"
 
 
+def test_a_generator_without_a_state_is_let_be():
+    model = Module(random.SystemRandom())
+    model.forward = lambda x: model.head(model.first(x))
+    assert len(convert(model, [IDLE], example_inputs=torch.randn(4, 6)).plan.weights) == 2
+
+
 def test_a_conversion_moves_no_generator():
     torch.manual_seed(0)
     model = Drawn(None, lambda _: np.random.random())

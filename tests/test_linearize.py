@@ -494,6 +494,12 @@ RULE_CASES = {
         "kernels": ((normal(4, 3, 2, 2), normal(4, 1, 1, 1)), {"dim": 0}),
         "whole": ((normal(4, 5), normal(1)[0]), {"dim": -1}),
     },
+    torch.cdist: {
+        "plain": ((normal(4, 3), normal(5, 3) + 1), {}),
+        "many rows, batches": ((normal(2, 30, 3), normal(2, 28, 3) + 1), {}),
+        "another norm": ((normal(4, 3), normal(5, 3) + 1), {"p": 1.0}),
+        "largest": ((normal(4, 3), normal(5, 3) + 1), {"p": float("inf")}),
+    },
     F.hardsigmoid: {
         "plain": ((4 * normal(50),), {}),
         "in place": ((4 * normal(50),), {"inplace": True}),
@@ -574,6 +580,8 @@ TOLERANCES = {
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(("operator", "inputs", "arguments"), CALLS)
 def test_rules_equal_the_operator(operator, inputs, arguments, dtype):
+    if operator is torch.cdist:  # which has no half precision on a CPU
+        dtype = torch.promote_types(dtype, torch.float32)
     expected = call(operator, inputs, arguments, dtype)
     with ForwardModeRules():
         found = call(operator, inputs, arguments, dtype)
@@ -686,13 +694,13 @@ class Distances(nn.Module):
         self.inner, self.outer = nn.Linear(3, 3), nn.Linear(2, 1)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.outer(torch.cdist(self.inner(inputs)[:, None], torch.eye(2, 3)[None])[:, 0])
+        return self.outer(nn.functional.pdist(self.inner(inputs)).expand(len(inputs), -1)[:, :2])
 
 
 @pytest.mark.parametrize(("wrap", "place"), [(nn.Sequential, "the forward"), (Leaf, "'0.core'")])
 def test_an_operator_without_a_derivative_is_named_at_conversion(wrap, place):
     model = wrap(Distances())
-    message = rf"'_cdist_forward' has none. It is called in '?{place}.*method=\"centered\""
+    message = rf"'_pdist_forward' has none. It is called in '?{place}.*method=\"centered\""
     with pytest.raises(UnsupportedModuleError, match=message):
         stnify.stnify(model, [WeightDecay()], example_inputs=torch.randn(4, 3))
     options = {"example_inputs": torch.randn(4, 3), "method": "centered"}

@@ -308,8 +308,19 @@ class Momentum(Module):
         return self.first(x) + self.second(x).detach()
 
 
-def test_code_that_changes_a_parameter_is_refused_and_undone():
-    model = Momentum()
+class TracedMomentum(Module):
+    """The same in every mode, so that the trace of it changes the weight as well."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            for one, other in zip(self.first.parameters(), self.second.parameters(), strict=True):
+                other.mul_(0.9).add_(one, alpha=0.1)
+        return self.first(x) - self.second(x)
+
+
+@pytest.mark.parametrize("kind", [Momentum, TracedMomentum])
+def test_code_that_changes_a_parameter_is_refused_and_undone(kind):
+    model = kind()
     before = model.second.weight.clone()
     with pytest.raises(UnsupportedModuleError, match=r"'second\.weight' is changed by its code"):
         convert(model, [IDLE], example_inputs=torch.randn(4, 6))

@@ -146,6 +146,28 @@ class Sparse(nn.Module):
         return inputs + self.table(inputs.long().clamp(0, 3))[:, 0] * self.mixing[0]
 
 
+class UsedTwice(nn.Module):
+    """Applies a weight and a bias once as a layer's and once otherwise; reads a shape as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, inputs):
+        hidden = self.first(inputs) + self.first.bias
+        hidden = torch.tensordot(self.second(hidden), self.second.weight, 1)
+        return self.third(hidden) * self.third.weight.shape[0]
+
+
+def test_a_use_in_which_a_weight_does_not_respond_is_told():
+    found = reasons(plan_of(UsedTwice()))
+    assert found == {
+        "first.bias": "responds in its layer, but not in 'add'",
+        "second.weight": "responds in its layer, but not in 'tensordot'",
+    }
+    assert not reasons(plan_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))))
+
+
 def test_hooks_and_parametrisations_are_traced_through():
     model = nn.Sequential()
     model.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))

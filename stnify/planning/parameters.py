@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, fx, nn
 
 from stnify.composites import DESCRIPTIONS, TENSOR_ATTRIBUTES
-from stnify.plan import WeightSite
+from stnify.plan import Refusal, WeightSite
 from stnify.planning.computed import parameters_of
 from stnify.planning.modules import reason_against
 from stnify.trace import Traced
@@ -29,6 +29,25 @@ def parameter_sites(
             name = None if parameter is None else free.get(id(parameter))
             if parameter is not None and name is not None and _computes(node):
                 yield _site(name, parameter, f"{node.name}:{name}", value=value.name)
+
+
+def other_uses(model: nn.Module, traced: Traced, sites: Sequence[WeightSite]) -> Iterator[Refusal]:
+    """Yield what else the graph computes with weights and biases that respond in ``sites``."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    direct = [site for site in sites if site.computed is None]
+    names = {
+        id(parameters[name]): name
+        for site in direct
+        for name, responds in ((site.weight, site.weight_responds), (site.bias, site.bias_responds))
+        if name is not None and responds
+    }
+    served = {node for site in sites for node in (site.node.partition(":")[0], site.value)}
+    for node in traced.graph.nodes:
+        name = names.get(id(_read(model, node)))
+        if name is not None:
+            for user in node.users:
+                if user.name not in served and _computes(user):
+                    yield Refusal(name, f"responds in its layer, but not in {user.name!r}")
 
 
 def _free_parameters(

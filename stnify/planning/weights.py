@@ -21,7 +21,7 @@ from stnify.planning.modules import (
     own_weights,
     reason_against,
 )
-from stnify.planning.parameters import parameter_sites
+from stnify.planning.parameters import other_uses, parameter_sites
 from stnify.trace import Traced, trace
 
 
@@ -58,6 +58,7 @@ def weight_sites(
         if not any(site.inside == name for site in sites):
             refusals[name] = Refusal(name, reason)
     _refuse_unused_weights(model, traced, sites, refusals)
+    refusals |= {refusal.name: refusal for refusal in other_uses(model, traced, sites)}
     return sites, list(refusals.values())
 
 

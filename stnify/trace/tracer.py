@@ -3,7 +3,7 @@
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
@@ -104,17 +104,34 @@ class EagerUse(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call ``func`` and look at what it got and what it returned."""
-        result = func(*args, **(kwargs or {}))
+        """Call ``func`` and look at what it got and what it returned; before, if it may write."""
+        kwargs = kwargs or {}
+        if _writes(func):
+            self._refuse_kept(args, kwargs)
+        result = func(*args, **kwargs)
         if func in READS or any(isinstance(value, Tensor) for value in tree_leaves(result)):
-            given = tree_leaves((args, kwargs))
-            if any(isinstance(value, nn.Parameter) for value in given):
-                raise RuntimeError(
-                    "it computes with parameters that it does not name as attributes"
-                )
-            if any(id(value) in self._kept for value in given):
-                raise RuntimeError("it computes with a tensor it keeps, apart from its inputs")
+            self._refuse_kept(args, kwargs)
         return result
+
+    def _refuse_kept(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = tree_leaves((args, kwargs))
+        if any(isinstance(value, nn.Parameter) for value in given):
+            raise RuntimeError("it computes with parameters that it does not name as attributes")
+        if any(id(value) in self._kept for value in given):
+            raise RuntimeError("it computes with a tensor it keeps, apart from its inputs")
+
+
+def _writes(function: Callable[..., Any]) -> bool:
+    """Whether a function is called as those are that change a tensor in place."""
+    name = getattr(function, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
+
+
+IN_PLACE = {"__setitem__", "__set__"} | {
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}
+"""Operators that change a tensor in place; names of functions that do end in one underscore."""
 
 
 READS = {
