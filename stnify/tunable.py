@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stnify.attributes import Attributes, attributes
 from stnify.augment import Augment
 from stnify.checkpoints import plain_checkpoints
+from stnify.delegated import delegated, undelegated
 from stnify.errors import ShapeError, UsageError
 from stnify.kept import kept_tensors
 from stnify.layers import BiasResponse, HyperLayer, WeightResponse
@@ -485,7 +486,8 @@ class TunableModule(nn.Module):
     """Behaves as the user's model, and can be run with perturbed hyperparameters.
 
     Submodules, parameters, buffers and their names are the user's own objects; other attributes and
-    methods are looked up on the user's model. Of its own it has the submodule ``_stnify``, which
+    methods are looked up on the user's model, whose calls of itself in them are calls of this one.
+    Of its own it has the submodule ``_stnify``, which
     holds everything a conversion adds, and the names in ``REACHABLE`` that the user's model leaves
     free. ``deepcopy`` and pickling work.
 
@@ -516,7 +518,8 @@ class TunableModule(nn.Module):
                 raise
             if name in REACHABLE and not hasattr(tunables.original, name):
                 return getattr(tunables, REACHABLE[name])
-            return getattr(tunables.original, name)
+            value = getattr(tunables.original, name)
+            return delegated(value, tunables.original, self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TunableModule":
         super()._apply(fn, recurse)
@@ -558,7 +561,10 @@ class TunableModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Predict: train at the current hyperparameters, or be the original in eval mode."""
-        return self._stnify.predict(args, kwargs, training=self.training)
+        if torch.compiler.is_compiling():
+            return self._stnify.predict(args, kwargs, training=self.training)
+        with undelegated(self._stnify.original):
+            return self._stnify.predict(args, kwargs, training=self.training)
 
 
 def share_tree(model: nn.Module, graph: nn.Module) -> None:

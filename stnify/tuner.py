@@ -203,8 +203,8 @@ class Tuner:
         if not self.model._stnify.predicted:
             raise UsageError(
                 "`forward_loss` must predict by calling the model it is given, `model(inputs)`, "
-                "but it did not: a method of your model that calls `self(inputs)` runs the model "
-                "as it was. Do in forward_loss what the method does."
+                "or a method of it that does, but it did not: parts of the model that are called "
+                "by themselves run as they were."
             )
 
     def _warn_of_unanswered(self) -> None:

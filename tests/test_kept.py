@@ -327,13 +327,17 @@ def test_a_loss_that_passes_the_converted_model_by_is_refused():
     batch = torch.randn(4, 6), torch.zeros(4, dtype=torch.long)
 
     def around(model, batch):
+        return F.cross_entropy(model.head(model.first(batch[0])), batch[1])
+
+    def by_method(model, batch):
         return model.loss(batch)
 
     def through(model, batch):
         return F.cross_entropy(model(batch[0]), batch[1])
 
     options = {"criterion": None, "valid_loader": [batch]}
-    convert(WithLoss(), [WeightDecay()], forward_loss=through, **options).step(batch)
+    for loss in (through, by_method):
+        convert(WithLoss(), [WeightDecay()], forward_loss=loss, **options).step(batch)
     with pytest.raises(UsageError, match="must predict by calling the model it is given"):
         convert(WithLoss(), [WeightDecay()], forward_loss=around, **options).step(batch)
 
