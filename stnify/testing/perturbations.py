@@ -41,9 +41,14 @@ def assert_rows_independent(
         check_rows(subject, allow_shared)
 
 
-def check_rows(subject: Subject, allow_shared: bool = True) -> None:
-    """Do what ``assert_rows_independent`` does; layers without rows are closed afterwards."""
+def check_rows(subject: Subject, allow_shared: bool = True, every_pass: bool = True) -> None:
+    """Do what ``assert_rows_independent`` does; layers without rows are closed afterwards.
+
+    Without ``every_pass`` it looks at the validation step's in eval mode, and at the response
+    step's in train mode.
+    """
     subject = subject.several()
+    passes = [subject.perturbed, subject.linearized]
     with subject.mode(training=False), torch.no_grad():
         shared = subject.shared_sites()
         if shared and not allow_shared:
@@ -52,7 +57,7 @@ def check_rows(subject: Subject, allow_shared: bool = True) -> None:
                 f"{', '.join(map(repr, shared))} use one perturbation for the whole batch."
             )
         subject.close(shared)
-        for forward in (subject.perturbed, subject.linearized):
+        for forward in passes if every_pass else passes[:1]:
             rows = range(0, subject.batch, max(1, subject.batch // 8))[:8]
             _check_rows(subject, forward, "eval", rows)
     with subject.mode(training=True), torch.no_grad():
@@ -60,7 +65,7 @@ def check_rows(subject: Subject, allow_shared: bool = True) -> None:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         if not _mixes(subject):
-            for forward in (subject.perturbed, subject.linearized):
+            for forward in passes if every_pass else passes[1:]:
                 _check_rows(subject, forward, "train", [0])
 
 

@@ -23,7 +23,8 @@ def converts_or_refuses(
         inputs: Of the model; a single example is repeated.
         hparams: Of the conversion.
         thorough: Also compare the linearised pass with differences, and the perturbed one with
-            perturbed weights, in float64.
+            perturbed weights, in float64; and look for rows that mix in both passes in both modes,
+            not only in those that a tuner runs.
 
     Raises:
         AssertionError: The model is converted, and something is wrong without a word.
@@ -33,7 +34,7 @@ def converts_or_refuses(
     try:
         with prepared(model, inputs, hparams) as subject:
             check_identity(subject)
-            check_rows(subject)
+            check_rows(subject, every_pass=thorough)
             check_finite(subject)
         if thorough:
             with prepared(model, inputs, hparams, double=True) as subject:

@@ -46,13 +46,12 @@ class TracedFunctions:
             if "len" not in scope:
                 scope["len"] = _node_for(len)
                 self._undo.append(functools.partial(scope.pop, "len"))
-        for question in QUESTIONS:
-            original = getattr(torch, question)
-            stand_in = _unanswered(original)
-            for scope in (vars(torch), *self._scopes):
-                for name in [name for name, value in scope.items() if value is original]:
-                    scope[name] = stand_in
-                    self._undo.append(functools.partial(scope.__setitem__, name, original))
+        stand_ins = {id(function): _unanswered(function) for function in QUESTIONS}
+        for function in QUESTIONS:
+            self._replace(vars(torch), function.__name__, stand_ins[id(function)])
+        for scope in self._scopes:
+            for name in [name for name, value in scope.items() if id(value) in stand_ins]:
+                self._replace(scope, name, stand_ins[id(scope[name])])
         entering = torch.autocast.__enter__
         setattr(torch.autocast, "__enter__", _refuse_autocast)  # noqa: B010 - a method, for mypy
         self._undo.append(functools.partial(setattr, torch.autocast, "__enter__", entering))
@@ -82,12 +81,15 @@ class TracedFunctions:
         self.whole.add(function)
         for scope in (calling.f_globals, function.__globals__):
             for name in [name for name, value in scope.items() if value is function]:
-                scope[name] = _node_for(function)
-                self._undo.append(functools.partial(scope.__setitem__, name, function))
+                self._replace(scope, name, _node_for(function))
         return True
 
+    def _replace(self, scope: Scope, name: str, stand_in: Callable[..., Any]) -> None:
+        self._undo.append(functools.partial(scope.__setitem__, name, scope[name]))
+        scope[name] = stand_in
 
-QUESTIONS = ("is_autocast_enabled", "is_autocast_cpu_enabled", "is_grad_enabled")
+
+QUESTIONS = (torch.is_autocast_enabled, torch.is_autocast_cpu_enabled, torch.is_grad_enabled)
 """Functions of ``torch`` that say in which context code runs."""
 
 
