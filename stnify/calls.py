@@ -72,6 +72,8 @@ class WeightCalls(TorchFunctionMode):
 
     Attributes:
         order: Which example comes where in the packed sequence at hand.
+        before_each: What tells, before each call of an operator with a rule, of weights that code
+            has computed since the last one.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class WeightCalls(TorchFunctionMode):
         self.response_input = response_input
         self.linearized = linearized
         self.order: Tensor | None = None
+        self.before_each: list[Callable[[], None]] = []
 
     def __torch_function__(
         self,
@@ -106,6 +109,9 @@ class WeightCalls(TorchFunctionMode):
             if func in MEETINGS:
                 return MEETINGS[func](self, func, args, kwargs)
             args, kwargs = tree_map_only(Tensor, self.mean, (args, kwargs))
+        if rule is not None:
+            for look in self.before_each:
+                look()
         if rule is None or not any(self.knows(value) for value in _flat((args, kwargs))):
             return func(*args, **kwargs)
         if self.response_input is not None and _hidden(args):

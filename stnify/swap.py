@@ -4,6 +4,7 @@ The module's own code runs. Its weights are recognised in the calls that use the
 Noise is swapped in by a copy of the module objects, see ``shadow``.
 """
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -209,28 +210,45 @@ def _watching(run: _Run, uses: Sequence[WeightUse], calls: WeightCalls) -> Itera
     def drop(noise: nn.Module, weight: Tensor) -> None:
         calls.drops.append((weight, partial(noise, constrained=run.ambient.constrained)))
 
+    when = partial(_when_computed, run)
     with ExitStack() as stack:
         for use in uses:
-            _when_computed(run.original, use.weight, partial(respond, use), stack)
+            stack.callback(when(run.original, use.weight, calls, partial(respond, use)))
         for attention, noise in run.attentions if run.ambient.constrained is not None else ():
-            _when_computed(attention, OUTPUT, partial(drop, noise), stack)
+            stack.callback(when(attention, OUTPUT, calls, partial(drop, noise)))
         stack.enter_context(calls)
         yield
 
 
 def _when_computed(
-    module: nn.Module, name: str, tell: Callable[[Tensor], None], stack: ExitStack
-) -> None:
-    """Tell of a weight each time it is computed, until the stack is closed; not of a parameter."""
+    run: _Run, module: nn.Module, name: str, calls: WeightCalls, tell: Callable[[Tensor], None]
+) -> Callable[[], None]:
+    """Tell of a weight each time it is computed; not of a parameter. Return what ends that."""
     owner, attribute = _owner(module, name)
     if attribute in owner._parameters:
-        return
+        return _nothing
     if parametrize.is_parametrized(owner, attribute):
+        cached = vars(parametrize)["_cache"].get((id(owner), attribute))
+        if cached is not None:
+            tell(cached)
         lists = cast(nn.ModuleDict, owner.parametrizations)
-        hook = lists[attribute].register_forward_hook(lambda _, inputs, weight: tell(weight))
-    else:  # behind the hook that sets it; ``this`` may be a shadow of the owner
-        hook = owner.register_forward_pre_hook(lambda this, _: tell(getattr(this, attribute)))
-    stack.callback(hook.remove)
+        return lists[attribute].register_forward_hook(lambda _, inputs, weight: tell(weight)).remove
+    shadows = {id(original): shadow for shadow, original in run.pairs}
+    attributes = vars(shadows.get(id(owner), owner))
+    latest: list[Tensor] = []
+
+    def look() -> None:
+        """Whichever hook it is that sets the weight, it has by the time of a call on it."""
+        if not latest or attributes[attribute] is not latest[0]:
+            latest[:] = [attributes[attribute]]
+            tell(latest[0])
+
+    calls.before_each.append(look)
+    return _nothing
+
+
+def _nothing() -> None:
+    pass
 
 
 def _computes_weights(run: _Run) -> bool:
@@ -264,14 +282,26 @@ def _perturbed(
         with calls:
             return run.shadow(*args, **kwargs)
     with attributes_restored(run.original), ExitStack() as stack:
-        for module in run.original.modules():
+        for module in (*run.original.modules(), *(shadow for shadow, _ in run.pairs)):
             module.__dict__["_backward_hooks"] = OrderedDict()  # they belong to the user's pass
             module.__dict__["_backward_pre_hooks"] = OrderedDict()
             if isinstance(module, nn.RNNBase):
                 _prepare_recurrent(module, calls, stack)
         stack.enter_context(plain_checkpoints())
+        stack.enter_context(_nothing_cached())
         stack.enter_context(_watching(run, run.uses, calls))
         return run.shadow(*args, **kwargs)
+
+
+@contextmanager
+def _nothing_cached() -> Iterator[None]:
+    """Let weights be computed anew: what ``parametrize.cached()`` holds is another pass's."""
+    scope = vars(parametrize)
+    before, scope["_cache"] = scope["_cache"], {}
+    try:
+        yield
+    finally:
+        scope["_cache"] = before
 
 
 def _prepare_recurrent(network: nn.RNNBase, calls: WeightCalls, stack: ExitStack) -> None:
@@ -288,3 +318,6 @@ def _prepare_recurrent(network: nn.RNNBase, calls: WeightCalls, stack: ExitStack
     named = zip(network._flat_weights_names, network._flat_weights, strict=True)
     present = [network._parameters.get(str(name), flat) for name, flat in named]
     network.__dict__["_flat_weights"] = present
+    # Otherwise it would look for what has changed, and compute parametrized weights twice as often.
+    references = [None if weight is None else weakref.ref(weight) for weight in present]
+    network.__dict__["_flat_weight_refs"] = references

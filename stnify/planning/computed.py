@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -67,6 +67,14 @@ def computing(module: nn.Module, attribute: str) -> list[nn.Parameter]:
         return []
     kept = [module._parameters.get(f"{attribute}_{suffix}") for suffix in SUFFIXES]
     return [parameter for parameter in kept if parameter is not None]
+
+
+def main_part(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
+    """Return the parameter to name a computed weight after: the largest that trains, if any does.
+
+    So a low-rank change of a frozen weight responds.
+    """
+    return max(parameters, key=lambda parameter: (parameter.requires_grad, parameter.numel()))
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def _weights_by_column(
 ) -> dict[str, list[str]]:
     """Return the weights a declaration chooses, by the name of their hyperparameter."""
     candidates = {
-        name: model.get_submodule(name.rpartition(".")[0])
+        name: model.get_submodule(_layer(name))
         for name, parameter in model.named_parameters()
         if parameter.ndim >= 2 and parameter.requires_grad and eligible(name, parameter)
     }
@@ -87,7 +87,7 @@ def _weights_by_column(
     kept = [name for name in chosen if name not in excluded]
     require(kept, declaration.exclude, chosen, f"{purpose} less `exclude`")
     held = {name: candidates[name] for name in kept}
-    columns = columns_of(declaration, held, _chosen, lambda name: name.rpartition(".")[0])
+    columns = columns_of(declaration, held, _chosen, _layer)
     by_column: dict[str, list[str]] = {}
     for name, column in columns.items():
         by_column.setdefault(column, []).append(name)
@@ -120,9 +120,14 @@ def _chosen(patterns: Pattern, weights: Mapping[str, nn.Module | None]) -> list[
     return [
         name
         for name in weights
-        if name in by_weight
-        or any(isinstance(g, str) and matches(g, name.rpartition(".")[0]) for g in globs)
+        if name in by_weight or any(isinstance(g, str) and matches(g, _layer(name)) for g in globs)
     ]
+
+
+def _layer(weight: str) -> str:
+    """Return the module whose weight it is, or for which a parametrization computes one from it."""
+    owner, parametrized, _ = f".{weight}".partition(".parametrizations.")
+    return owner.removeprefix(".") if parametrized else weight.rpartition(".")[0]
 
 
 def _no_decay(model: nn.Module) -> set[str]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from stnify.layers import OPERATOR_ARGUMENTS
 from stnify.plan import Refusal, WeightSite
-from stnify.planning.computed import calls_whole, evaluate, parameters_behind
+from stnify.planning.computed import calls_whole, evaluate, main_part, parameters_behind
 from stnify.planning.modules import GATED_AXIS, own_weights
 from stnify.products import MULTIPLICATIONS, gated_axis, multiplication, product
 from stnify.trace import Traced, caller
@@ -63,6 +64,8 @@ class FunctionSites:
         self.model = model
         self.traced = traced
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._firsts: dict[str, str] = {}
+        self._computations: dict[fx.Node, str] = {}
 
     def find(self, node: fx.Node) -> Iterator[WeightSite | Refusal]:
         """Yield what a node that is no call of a module does with weights."""
@@ -178,7 +181,7 @@ class FunctionSites:
         behind = parameters_behind(self.model, weight)
         if not behind or not isinstance(weight, fx.Node):
             return Refusal(user, f"calls {_name(node)} with a weight that is no parameter")
-        parameter = max(behind.values(), key=nn.Parameter.numel)
+        parameter = main_part(behind.values())
         name, of_bias = self.names[id(parameter)], self._parameter(bias)
         computed = None if self._parameter(weight) is not None else self._shape(weight)
         shape = computed or tuple(parameter.shape)
@@ -195,7 +198,7 @@ class FunctionSites:
             axis=axis,
             units=shape[axis] * (groups if kind.startswith("ConvTranspose") else 1),
             computed=computed,
-            computed_by=weight.name if computed else None,
+            computed_by=self._first(weight) if computed else None,
             value=None if value is None else value.name,
             value_bias=bias.name if isinstance(bias, fx.Node) else None,
             transposed=transposed,
@@ -203,6 +206,14 @@ class FunctionSites:
         if not (site.weight_responds or site.bias_responds):
             return Refusal(name, "frozen (requires_grad=False)")
         return site
+
+    def _first(self, node: fx.Node) -> str:
+        """Return the first node that computes what this one does, as a layer called twice has."""
+        if node not in self._computations:
+            args, kwargs = map_arg((node.args, node.kwargs), self._first)
+            computation = f"{node.op} {node.target} {args} {kwargs}"
+            self._computations[node] = self._firsts.setdefault(computation, node.name)
+        return self._computations[node]
 
     def _untransposed(self, value: Any) -> tuple[Any, bool]:
         """Return the parameter whose transpose ``value`` is, if it is one."""

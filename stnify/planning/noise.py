@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.nn.functional as F
+import torch.nn.utils.parametrize as parametrize
 from torch import fx, nn
 
 from stnify.declare import (
@@ -336,7 +337,8 @@ def _is_off(node: fx.Node) -> bool:
 def _noise_of(module: nn.Module, kind: type[Site]) -> _Place | None:
     """Return a place that is still to be named if a module is noise of this kind."""
     rows = EXISTING_MODULES.get(kind, {})
-    existing = rows.get(type(module), rows.get(_type_name(type(module))))
+    own = parametrize.type_before_parametrizations(module)
+    existing = rows.get(own, rows.get(_type_name(own)))
     if existing is None:
         return None
     granularity = existing(module) if callable(existing) else existing

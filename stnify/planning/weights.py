@@ -11,7 +11,13 @@ from torch import nn
 from stnify.declare import Pattern
 from stnify.patterns import require_each
 from stnify.plan import Refusal, ResponseKind, WeightSite
-from stnify.planning.computed import computed_value, computing, meeting_tables, parameters_of
+from stnify.planning.computed import (
+    computed_value,
+    computing,
+    main_part,
+    meeting_tables,
+    parameters_of,
+)
 from stnify.planning.functions import FunctionSites
 from stnify.planning.modules import (
     GATED_AXIS,
@@ -69,6 +75,7 @@ def _within(name: str, owner: str) -> bool:
 def _candidates(model: nn.Module, traced: Traced) -> Iterator[WeightSite | Refusal]:
     """Yield what the nodes of the graph do with weights."""
     functions = FunctionSites(model, traced)
+    firsts = {id(module): name for name, module in model.named_modules()}
     for node in traced.graph.nodes:
         if node.op != "call_module":
             yield from functions.find(node)
@@ -83,7 +90,7 @@ def _candidates(model: nn.Module, traced: Traced) -> Iterator[WeightSite | Refus
         for name, child in module.named_modules(prefix=owner):
             for own in (*own_weights(child), *computed_weights(child)):
                 key = f"{node.name}:{name}.{own.weight}"
-                found = _module_site(functions.names, child, name, own, key)
+                found = _module_site(functions.names, child, name, own, key, firsts[id(child)])
                 if isinstance(found, WeightSite):
                     found = replace(found, way="swap", inside=owner)
                 yield found
@@ -111,14 +118,20 @@ def _bare_weights(module: nn.Module) -> Iterator[WeightSite]:
 
 
 def _module_site(
-    names: dict[int, str], module: nn.Module, name: str, own: OwnWeight, node: str
+    names: dict[int, str],
+    module: nn.Module,
+    name: str,
+    own: OwnWeight,
+    node: str,
+    first: str = "",
 ) -> WeightSite | Refusal:
+    """Return what a call of a module does with one weight; ``first`` is the module's first name."""
     reason = reason_against(module)
     if reason:
         return Refusal(name, reason)
     behind = computing(module, own.weight)
     weight: Any = computed_value(module, own.weight) if behind else module._parameters[own.weight]
-    parameter = max(behind, key=nn.Parameter.numel) if behind else weight
+    parameter = main_part(behind) if behind else weight
     bias = None if own.bias is None else module._parameters[own.bias]
     axis = GATED_AXIS.get(own.kind, 0)
     groups = module.groups if own.kind.startswith("ConvTranspose") else 1
@@ -135,7 +148,7 @@ def _module_site(
         axis=axis,
         units=weight.shape[axis] * groups,
         computed=tuple(weight.shape) if behind else None,
-        computed_by=f"{name}.{own.weight}".lstrip(".") if behind else None,
+        computed_by=f"{first}.{own.weight}".lstrip(".") if behind else None,
     )
     if not (site.weight_responds or site.bias_responds):
         return Refusal(name, "frozen (requires_grad=False)")

@@ -10,10 +10,10 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from stnify.kept import holders, kept_values
 
@@ -24,7 +24,8 @@ class TracedFunctions:
     """Stand-ins for functions in the code of a model, taken out again at the end.
 
     ``len`` of a proxy is traced from the start; other functions are added by ``leave_whole``. Code
-    that asks in which context it runs is not traced, because the answer would stay the same.
+    that asks for the type of a proxy is told what it stands for. Code that asks in which context it
+    runs is not traced, because the answer would stay the same.
 
     Args:
         model: Its modules' code is where ``len`` is replaced.
@@ -46,8 +47,12 @@ class TracedFunctions:
             if "len" not in scope:
                 scope["len"] = _node_for(len)
                 self._undo.append(functools.partial(scope.pop, "len"))
+            if "isinstance" not in scope and not str(scope.get("__name__")).startswith("torch."):
+                scope["isinstance"] = self._is_instance
+                self._undo.append(functools.partial(scope.pop, "isinstance"))
         stand_ins = {id(function): _unanswered(function) for function in QUESTIONS}
-        for function in QUESTIONS:
+        stand_ins[id(torch.is_tensor)] = functools.partial(self._is_instance, kinds=Tensor)
+        for function in (*QUESTIONS, torch.is_tensor):
             self._replace(vars(torch), function.__name__, stand_ins[id(function)])
         for scope in self._scopes:
             for name in [name for name, value in scope.items() if id(value) in stand_ins]:
@@ -60,6 +65,23 @@ class TracedFunctions:
     def __exit__(self, *_: object) -> None:
         for undo in reversed(self._undo):
             undo()
+
+    def _is_instance(self, value: Any, kinds: Any) -> bool:
+        """Answer as for what a proxy will be: a tensor, unless it stands for a number.
+
+        Raises:
+            RuntimeError: It is what a module or a function called as a whole returns.
+        """
+        if not isinstance(value, fx.Proxy):
+            return isinstance(value, kinds)
+        node, tracer = value.node, cast(fx.Tracer, value.tracer)
+        if node.op == "call_module":
+            module = tracer.root.get_submodule(str(node.target))
+            if not type(module).__module__.startswith("torch.nn") or isinstance(module, SEVERAL):
+                raise RuntimeError("it asks for the type of what a module returns")
+        if node.target in self.whole - {len}:
+            raise RuntimeError("it asks for the type of what a function returns")
+        return not _is_number(node) and isinstance(A_TENSOR, kinds)
 
     def leave_whole(self, error: Exception) -> bool:
         """Replace the free function in which ``error`` arose, so that it becomes one node.
@@ -107,6 +129,27 @@ def _unanswered(question: Callable[..., bool]) -> Callable[..., bool]:
 
 def _refuse_autocast(context: torch.autocast) -> None:
     raise RuntimeError("it computes under autocast, which a graph cannot hold")
+
+
+SEVERAL = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)
+"""Modules of PyTorch that return several values."""
+
+A_TENSOR = torch.empty(0)
+
+NUMBERS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "shape", "ndim"}
+"""Methods and attributes of a tensor that are numbers, or tuples of them."""
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether a node stands for a size, or is computed from sizes alone."""
+    if node.op == "call_method":
+        return node.target in NUMBERS
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in NUMBERS
+    computed = getattr(node.target, "__module__", "") == "_operator"
+    return node.target is len or (computed and all(map(_is_number, node.all_input_nodes)))
 
 
 def _node_for(function: Callable[..., Any]) -> Callable[..., Any]:
