@@ -231,6 +231,13 @@ def stnify(
         except DeclarationError:  # it names places in a graph
             raise error from None
         warnings.warn(_runs_itself(error), stacklevel=2)
+    if not chosen.centred and tunable._stnify.computed_weights():
+        warnings.warn(
+            f"export() will be refused: with method={method!r} it folds the response into weights, "
+            f"but {tunable._stnify.computed_weights()[0]!r} is one that others are computed from. "
+            f'Exclude its layer, or use method="delta".',
+            stacklevel=2,
+        )
     wrapped, decayed = None, _decayed(tunable, plan)
     if optimizer is not None:
         wrapped = STNOptimizer(

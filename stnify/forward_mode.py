@@ -370,10 +370,18 @@ def _custom(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if name in LINEAR_OPERATORS:
         MET_OPERATORS[func] = partial(_linear, func)
         return _linear(func, *args, **kwargs)
+    moves = _moves((args, kwargs))
     outputs = func(*args, **kwargs)
-    if _moves((args, kwargs)) and _numbers(outputs) and not _moves(outputs):
+    if moves and (_writes(func) or (_numbers(outputs) and not _moves(outputs))):
         raise NotImplementedError(f"Trying to use forward AD with {name} that does not support it")
     return outputs
+
+
+def _writes(func: Any) -> bool:
+    """Whether an operator changes an argument in place and returns nothing that shows it."""
+    packet = func.overloadpacket if isinstance(func, OpOverload) else func
+    schemas = [getattr(packet, name)._schema for name in packet.overloads()]
+    return any(schema.is_mutable and not schema.returns for schema in schemas)
 
 
 def _linear(func: Callable[..., Any], inputs: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -56,12 +56,25 @@ def largest(values: Tensor) -> Tensor:
 
 largest.register_fake(lambda values: values.new_empty(values[:, 0].shape, dtype=torch.long))
 
+
+@torch.library.custom_op("stnify_tests::tripled_", mutates_args=("values",))
+def tripled_(values: Tensor) -> None:
+    values.mul_(3)
+
+
+def tripled(values: Tensor) -> Tensor:
+    copied = values.clone()
+    tripled_(copied)
+    return copied
+
+
 LOSING = {
     "torchvision::roi_pool": lambda features, boxes: ops.roi_pool(features, boxes, 2),
     "torchvision::deform_conv2d": lambda features, boxes: ops.deform_conv2d(
         features, torch.zeros(len(features), 18, 6, 6).to(features), torch.ones(2, 4, 3, 3)
     ),
     "stnify_tests::doubled": lambda features, boxes: doubled(features),
+    "stnify_tests::tripled_": lambda features, boxes: tripled(features),
 }
 
 

@@ -345,3 +345,94 @@ def test_a_parameter_is_put_back_also_where_the_proof_fails():
     assert torch.equal(model.first.weight, before)
     model(x)
     assert not torch.equal(model.first.weight, before)
+
+
+# Code that asks for types -------------------------------------------------------------------------
+
+
+class OnTensors(Module):
+    """Drops only what is a tensor, as code does that takes several kinds of input."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.dropout, self.asks = nn.Dropout(0.5), asks
+
+    def forward(self, x):
+        return self.head(self.dropout(x) if self.asks(self.first(x)) else x)
+
+
+def ask_is_tensor(x):
+    return torch.is_tensor(x)
+
+
+def ask_kinds(x):
+    return isinstance(x, (float, torch.Tensor)) and not isinstance(x, list)
+
+
+def ask_union(x):
+    return isinstance(x, torch.Tensor | None)
+
+
+def ask_size(x):
+    return not isinstance(x.shape[0], torch.Tensor) and not torch.is_tensor(x.dim() + len(x))
+
+
+@pytest.mark.parametrize("asks", [ask_is_tensor, ask_kinds, ask_union, ask_size])
+def test_what_acts_on_tensors_acts_in_training(asks):
+    torch.manual_seed(0)
+    model, x = OnTensors(asks), torch.randn(4, 6)
+    stn = convert(model, [IDLE], example_inputs=x)
+    assert not stn.plan.traced.opaque
+    stn.model.train()
+    assert not torch.equal(stn.model(x), stn.model(x))
+    model.dropout.p = 0.0  # negative control
+    assert torch.equal(stn.model(x), stn.model(x))
+
+
+class OfAnLSTM(Module):
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.LSTM(6, 6, batch_first=True)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x):
+        found = self.recurrent(x)
+        if isinstance(found, tuple):
+            found = found[0]
+        return self.head(self.dropout(self.first(found)))
+
+
+@pytest.mark.parametrize("declared", [IDLE, Dropout(init=0.2)])
+def test_the_type_of_what_a_module_returns_is_asked_of_the_module(declared):
+    model, x = OfAnLSTM(), torch.randn(4, 5, 6)
+    stn = convert(model, [declared], example_inputs=x)
+    assert "asks for the type of what a module returns" in stn.plan.traced.opaque[""]
+    assert torch.equal(stn.model.eval()(x), model(x))
+
+
+def test_no_stand_in_is_left_behind():
+    before = torch.is_tensor
+    convert(OnTensors(ask_kinds), [IDLE], example_inputs=torch.randn(4, 6))
+    assert torch.is_tensor is before
+    assert "isinstance" not in globals()
+
+
+def test_backward_hooks_do_not_run_in_perturbed_passes():
+    """Also where the module that has them is copied, because tuned noise is inside."""
+    calls = []
+    model = nn.Sequential(nn.Linear(6, 6), OnTensors(ask_data))
+    model[1].register_full_backward_hook(lambda *_: calls.append(1))
+    batch = torch.randn(4, 6), torch.zeros(4, dtype=torch.long)
+    stn = convert(
+        model, [Dropout(init=0.2)], valid_loader=[batch], warmup_steps=0, response_every=1
+    )
+    stn.step(batch)
+    calls.clear()
+    for _ in range(6):
+        stn.step(batch)
+    assert stn.model.response_parameters()
+    assert len(calls) == 6
+
+
+def ask_data(x):
+    return bool(x.isfinite().all())

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from awkward import DataDependent
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from kit import ASSERTIONS, every_assertion, normal
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from zoo import ZOO, images
 
 from benchmarks import random_modules
-from stnify import STN, Dropout, Hyperparameter, UsageError, WeightDecay, stnify, testing
+from stnify import STN, Dropout, Hyperparameter, UsageError, WeightDecay, stnify, swap, testing
 from stnify.layers import HYPER_MODULES, HyperLinear
 from stnify.regularizers import TunedDropout
 from stnify.rows import RowLayout
@@ -448,6 +449,19 @@ def test_a_mistake_inside_a_module_that_is_not_traced_is_named_too():
     break_layer(stn, name, RolledBroadcast)
     with pytest.raises(AssertionError, match=r"The first to differ is module '1\.inner\.1"):
         testing.assert_rows_independent(stn, normal(3, 4))
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_a_response_that_no_pass_asks_for_is_named(computed, monkeypatch):
+    """As where code that is not traced hides the tensor of a weight from who watches for it."""
+    model = nn.Sequential(nn.Linear(4, 4), DataDependent(nn.Linear(4, 2)))
+    if computed:
+        nn.utils.parametrizations.weight_norm(model[1].inner)
+    testing.assert_perturbation_exact(model, normal(5, 4))
+    monkeypatch.setattr(swap, "_known", lambda run: [])
+    monkeypatch.setattr(swap, "_when_computed", lambda *_: lambda: None)
+    with pytest.raises(AssertionError, match=r"no pass asks for that of '1\.inner\.\w"):
+        testing.assert_perturbation_exact(model, normal(5, 4))
 
 
 def test_a_pass_that_does_not_compile_is_named():

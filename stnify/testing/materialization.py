@@ -1,6 +1,6 @@
 """Assertion that a perturbed pass computes with the perturbed weights, and with nothing else."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,8 @@ def assert_perturbation_exact(
     In float64 and eval mode, with one perturbation for all examples: the judge is the original's
     own forward, with ``W + (U delta) o W_response`` in the place of every weight and likewise for
     biases ([DeltaSTN] Eq. 3.14). Left out are weights from which the model computes others, such as
-    those of a weight norm, and layers it never calls: they do not respond here.
+    those of a weight norm, and layers it never calls; but the prediction must not depend on a
+    weight whose response is never asked for.
 
     Args:
         model: Any module, or an STN.
@@ -37,7 +38,9 @@ def assert_perturbation_exact(
 def check_perturbation(subject: Subject, tolerance: float = 1e-8) -> None:
     """Do what ``assert_perturbation_exact`` does; what is left out is closed afterwards."""
     subject = subject.several()
-    uncalled = [name for name, word in subject.layouts().items() if word in UNSEEN]
+    words = subject.layouts()
+    _refuse_lost(subject, {name for name, word in words.items() if word == UNSEEN[0]})
+    uncalled = [name for name, word in words.items() if word in UNSEEN]
     subject.close([*uncalled, *_of_computed_weights(subject)])
     response_input = subject.draw()[:1].repeat(subject.batch, 1)
     perturbed = partial(subject.perturbed, response_input)
@@ -58,6 +61,28 @@ def check_perturbation(subject: Subject, tolerance: float = 1e-8) -> None:
                 f"perturbed weights up to {tolerance:.1g}, but its relative error is {error:.3g}. "
                 f"{first_difference([trail, record(subject, perturbed)], judge)}"
             )
+
+
+def _refuse_lost(subject: Subject, uncalled: Collection[str]) -> None:
+    """Raise AssertionError if the prediction depends on a weight none of whose layers is called."""
+    added = subject.model._stnify
+    general = added.general_parameters()
+    idle = {
+        name: general[name]
+        for name, uses in added.uses.items()
+        if general[name].requires_grad and all(use.layer in uncalled for use in uses)
+    }
+    if not idle:
+        return
+    with subject.mode(training=False), torch.enable_grad():
+        total = sum((value.sum() for value in real(tensors(subject.plain()))), torch.zeros(()))
+        slopes = torch.autograd.grad(total, list(idle.values()), materialize_grads=True)
+    lost = [name for name, slope in zip(idle, slopes, strict=True) if slope.any()]
+    if lost:
+        raise AssertionError(
+            f"{subject.name} must ask for the response of every weight that its prediction depends "
+            f"on, but no pass asks for that of {', '.join(map(repr, lost))}."
+        )
 
 
 def _of_computed_weights(subject: Subject) -> list[str]:

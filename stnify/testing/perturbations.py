@@ -282,7 +282,8 @@ def assert_tangent_matches_differences(
     In float64, in train mode with the same noise, and in eval mode, against the differences of
     perturbed passes one step ahead and one behind. Their mean is the central difference; where the
     two disagree, at the kink of a ReLU, the tangent must lie between them. Where a step is too long
-    for the curvature, as behind norms of next to nothing, a shorter one decides.
+    for the curvature, as behind norms of next to nothing, a shorter one decides. Differences see
+    what a ``detach`` in the model hides from derivatives: a straight-through estimator fails.
 
     Args:
         model: Any module, or an STN.
