@@ -1,5 +1,6 @@
 """What modules hold in attributes and globals that code can change, and how it is put back."""
 
+import dis
 import operator
 import random
 import sys
@@ -13,6 +14,7 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
+from dataclasses import dataclass
 from functools import partial
 from types import (
     BuiltinFunctionType,
@@ -68,26 +70,105 @@ def kept_tensors(values: Iterable[Any]) -> list[Tensor]:
 
 
 def kept_values(module: nn.Module) -> dict[str, Any]:
-    """Return what a module's attributes hold, and the globals its code names that can change.
+    """Return what a module's attributes hold, and what its code can change beside them.
 
-    Left out are the registries that every module has; of globals there are containers, arrays,
-    tensors and generators.
+    That is what its class has and the globals its methods name, if they are containers, arrays,
+    tensors or generators; and as ``Name``, numbers and words of the class, and the globals that its
+    methods set. Left out are the registries that every module has.
     """
     found = {name: value for name, value in vars(module).items() if name not in REGISTRIES}
     for scope, name in named_globals(type(module)):
         value = scope.get(name)
-        if isinstance(value, (dict, *SEQUENCES, Tensor)) or _is_array(value) or _generator(value):
+        if _changes_inside(value):
             found[f"global {name}"] = value
+    for where, owner, name in _shared_names(type(module)):
+        value = owner.get(name)
+        found[f"{where} {name}"] = value if _changes_inside(value) else Name(owner, name)
     return found
+
+
+def _changes_inside(value: Any) -> bool:
+    """Whether a value that several modules share is one that code fills or draws from."""
+    if isinstance(value, (dict, *SEQUENCES, Tensor)) or _is_array(value):
+        return True
+    return _generator(value) is not None
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name that code can give another value, in a class or among the globals of a file.
+
+    Attributes:
+        scope: Where it is.
+        name: What it is called.
+    """
+
+    scope: "Scope"
+    name: str
+
+    def value(self) -> Any:
+        """Return what it is at the moment."""
+        return self.scope.get(self.name)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A class, or the globals of a file."""
+
+    owner: type | dict[str, Any]
+
+    def get(self, name: str) -> Any:
+        """Return what a name is, or None."""
+        names = vars(self.owner) if isinstance(self.owner, type) else self.owner
+        return names.get(name)
+
+    def set(self, name: str, value: Any) -> None:
+        """Give a name a value."""
+        if isinstance(self.owner, type):
+            setattr(self.owner, name, value)
+        else:
+            self.owner[name] = value
 
 
 def named_globals(kind: type) -> Sequence[tuple[dict[str, Any], str]]:
     """Return the globals that the methods of a user's class name, and where they are."""
     if kind not in _GLOBALS:
-        owners = [k for k in kind.__mro__ if k.__module__.split(".")[0] not in STANDARD]
-        functions = [f for k in owners for f in vars(k).values() if isinstance(f, FunctionType)]
+        functions = [f for k in _own_classes(kind) for f in _functions(k)]
         _GLOBALS[kind] = [(f.__globals__, name) for f in functions for name in _names(f.__code__)]
     return _GLOBALS[kind]
+
+
+def _shared_names(kind: type) -> Sequence[tuple[str, Scope, str]]:
+    """Return what a class has that is no method, and the globals that its methods set."""
+    if kind not in _SHARED:
+        _SHARED[kind] = [
+            *(("class", Scope(k), name) for k in _own_classes(kind) for name in _attributes(k)),
+            *(
+                ("global", Scope(function.__globals__), name)
+                for k in _own_classes(kind)
+                for function in _functions(k)
+                for name in _stored(function.__code__)
+            ),
+        ]
+    return _SHARED[kind]
+
+
+def _own_classes(kind: type) -> list[type]:
+    """Return a class and those it inherits from, without those of Python, PyTorch and numpy."""
+    return [k for k in kind.__mro__ if k.__module__.split(".")[0] not in STANDARD]
+
+
+def _functions(kind: type) -> list[FunctionType]:
+    return [value for value in vars(kind).values() if isinstance(value, FunctionType)]
+
+
+def _attributes(kind: type) -> list[str]:
+    """Return the names of a class's own numbers, words and containers."""
+    return [
+        name
+        for name, value in vars(kind).items()
+        if not name.startswith("__") and (isinstance(value, WORDS) or _changes_inside(value))
+    ]
 
 
 def _names(code: CodeType) -> set[str]:
@@ -95,7 +176,20 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
+def _stored(code: CodeType) -> set[str]:
+    """Return the globals that code sets."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    found: set[str] = set()
+    if dis.opmap["STORE_GLOBAL"] in code.co_code[::2]:
+        steps = dis.get_instructions(code)
+        found = {str(step.argval) for step in steps if step.opname == "STORE_GLOBAL"}
+    return found.union(*map(_stored, inner))
+
+
+WORDS = (bool, int, float, complex, str, bytes, type(None))
+
 _GLOBALS: MutableMapping[type, Sequence[tuple[dict[str, Any], str]]] = WeakKeyDictionary()
+_SHARED: MutableMapping[type, Sequence[tuple[str, Scope, str]]] = WeakKeyDictionary()
 
 
 REGISTRIES = set(nn.Module().__dict__)
@@ -113,6 +207,8 @@ def content(holder: Any) -> Any:
         return dict(dict.items(holder))  # some types make their values when they are read
     if isinstance(holder, SEQUENCES):
         return list(holder)
+    if isinstance(holder, Name):
+        return holder.value()
     if _is_array(holder):
         return holder.copy()
     generator = _generator(holder)
@@ -127,6 +223,8 @@ def put_back(holder: Any, content: Any) -> None:
     elif isinstance(holder, list | deque):
         holder.clear()
         holder.extend(content)
+    elif isinstance(holder, Name):
+        holder.scope.set(holder.name, content)
     elif _is_array(holder):
         holder[...] = content
     elif (generator := _generator(holder)) is not None:
@@ -140,6 +238,8 @@ def same_content(holder: Any, before: Any) -> bool:
     now = content(holder)
     if isinstance(holder, SEQUENCES):
         return _same(now, before)
+    if isinstance(holder, Name):
+        return now is before
     if _is_array(holder):
         return bool(now.tobytes() == before.tobytes())
     if isinstance(holder, dict) or _plain(holder):
@@ -181,6 +281,8 @@ def _entries(holder: Any) -> list[Any]:
         return list(dict.values(holder))
     if isinstance(holder, SEQUENCES):
         return list(holder)
+    if isinstance(holder, Name):
+        return []
     return list(_fields(holder).values()) if _plain(holder) else []
 
 
@@ -202,8 +304,7 @@ CODE = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType, BuiltinFu
 
 def _slots(kind: type) -> tuple[str, ...]:
     """Return the attributes that instances of a user's class have in slots."""
-    owners = [k for k in kind.__mro__ if k.__module__.split(".")[0] not in STANDARD]
-    several = [vars(owner).get("__slots__", ()) for owner in owners]
+    several = [vars(owner).get("__slots__", ()) for owner in _own_classes(kind)]
     names = [name for slots in several for name in ([slots] if isinstance(slots, str) else slots)]
     return tuple(name for name in names if name not in {"__dict__", "__weakref__"})
 

@@ -4,6 +4,7 @@ import copy
 import random
 from collections import OrderedDict, deque
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -143,6 +144,59 @@ def test_passes_in_a_row_are_those_of_the_original(kind, around):
     assert all(torch.equal(stn.model(x), output) for output in outputs)
     assert not all(torch.equal(outputs[0], o) for o in outputs) or kind in {"Accumulated", "Filled"}
     assert "" not in stn.plan.traced.opaque or around is not Inside, "only what keeps is a leaf"
+
+
+PASSES = 0
+
+
+class CountsInAGlobal(Module):
+    def forward(self, x):
+        global PASSES
+        PASSES += 1
+        return self.head(self.first(x)) / PASSES
+
+    def passes(self):
+        return PASSES
+
+
+class CountsInItsClass(Module):
+    number = 0
+
+    def forward(self, x):
+        type(self).number += 1
+        return self.head(self.first(x)) / self.number
+
+    def passes(self):
+        return self.number
+
+
+class ListsInItsClass(Module):
+    seen: ClassVar[list[int]] = []
+
+    def forward(self, x):
+        self.seen.append(0)
+        return self.head(self.first(x)) / len(self.seen)
+
+    def passes(self):
+        return len(self.seen)
+
+
+@pytest.mark.parametrize("kind", [CountsInAGlobal, CountsInItsClass, ListsInItsClass])
+def test_what_a_class_and_its_globals_keep_counts_passes_of_the_loop_alone(kind, monkeypatch):
+    monkeypatch.setitem(globals(), "PASSES", 0)
+    monkeypatch.setattr(CountsInItsClass, "number", 0)
+    ListsInItsClass.seen.clear()
+    model = Inside(kind())
+    batch = torch.randn(4, 6), torch.zeros(4, dtype=torch.long)
+    options = {"valid_loader": [batch], "warmup_steps": 0, "train_steps": 1, "response_every": 1}
+    stn = convert(model, [WeightDecay()], example_inputs=batch[0], **options)
+    assert "changes its attribute" in stn.plan.traced.opaque["inner"]
+    assert model.inner.passes() == 0
+    for _ in range(3):
+        stn.step(batch)
+    assert model.inner.passes() == 3
+    expected = model.inner.head(model.inner.first(model.plain(batch[0]))) / 4
+    assert torch.equal(stn.model.train()(batch[0]), expected)
 
 
 def test_a_generator_without_a_state_is_let_be():
@@ -304,7 +358,7 @@ def test_the_old_spectral_norm_names_the_new_one():
 
 class AsksWhatItGets(Module):
     def forward(self, x):
-        return self.head(self.first(x)) if isinstance(x, torch.Tensor) else self.head(x)
+        return self.head(self.first(x)) if type(x) is torch.Tensor else self.head(x)
 
 
 def test_a_graph_that_proves_wrong_gives_way_to_the_models_own_code():
@@ -529,7 +583,7 @@ def test_what_stays_in_eval_mode_keeps_things_too():
     model = nn.Sequential(Cached({}), nn.Linear(6, 3))
     stn = convert(model, [IDLE], example_inputs=torch.randn(3, 6))
     stn.model.train()
-    seen = []
+    seen: ClassVar[list[int]] = []
     for _ in range(2):
         stn.model(torch.randn(3, 6))
         seen.append(model[0].kept["seen"])
@@ -592,7 +646,7 @@ class Parts(Module):
     """Does what fails with what it is traced for, which is not a tensor yet."""
 
     def forward(self, inputs):
-        if not isinstance(inputs, torch.Tensor):
+        if type(inputs) is not torch.Tensor:
             inputs = inputs.narrow(0, 0, 1000)
         return self.head(self.first(inputs))
 
