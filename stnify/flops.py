@@ -1,4 +1,4 @@
-"""6b. Count the floating-point operations of one example: before, and in the response pass.
+"""6b. Try the pass of the response step, and count the floating-point operations of one example.
 
 PyTorch counts them while the passes run; there is no formula of our own.
 """
@@ -23,61 +23,76 @@ from stnify.streams import RandomStream
 from stnify.tunable import PREFIX, TunableModule, evaluating
 from stnify.untouched import state_restored
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
 WHOLE = ""
 """Stands for the whole model among the names of hyper layers."""
 
 
 @torch.no_grad()
-def count_flops(
+def prove_response_pass(
     model: TunableModule,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
     linearized: bool = True,
-) -> dict[str, tuple[int, int]]:
-    """Return what one example costs before and after, by hyper layer and, under ``""``, in all.
+) -> Inputs:
+    """Run the pass of the response step once, in eval mode; return copies of what it ran on.
 
-    Before is every layer's plain operator, after the pass of the response step. A layer called
-    several times counts all its calls. Operators PyTorch has no formula for, which are those that
-    do little arithmetic, count nothing. Two examples are run, because some models fail on one, and
-    their cost is halved. Runs in eval mode; buffers and random state stay as they are.
+    That is two examples, because some models fail on one, or all where inputs cannot be cut, as
+    those that index into others. Buffers and random state stay as they are.
 
     Args:
         model: Converted.
         args: Positional inputs, as for the model.
         kwargs: Keyword inputs.
-        linearized: Count a linearised pass, else one with perturbed weights.
+        linearized: Run a linearised pass, else one with perturbed weights.
+
+    Raises:
+        UnsupportedModuleError: An operator of the model has no derivative of the kind it needs.
     """
-    args, kwargs = map_tensors(torch.Tensor.detach, (args, dict(kwargs)))
+    inputs: Inputs = map_tensors(_copy, (args, dict(kwargs)))
     try:
-        inputs, named = first_rows((args, dict(kwargs)), 2)
-        return _count(model, inputs, named, linearized)
+        few: Inputs = map_tensors(_copy, first_rows((args, dict(kwargs)), 2))
+        _run(model, few, linearized)
+        return few
     except UnsupportedModuleError:
         raise
-    except Exception as error:  # inputs that index into others cannot be cut, some are refused
+    except Exception:
+        _run(model, inputs, linearized)
+        return inputs
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+@torch.no_grad()
+def count_flops(
+    model: TunableModule, inputs: Inputs, *, linearized: bool = True
+) -> dict[str, tuple[int, int]]:
+    """Return what one example costs before and after, by hyper layer and, under ``""``, in all.
+
+    Before is every layer's plain operator, after the pass of the response step. A layer called
+    several times counts all its calls. Operators PyTorch has no formula for, which are those that
+    do little arithmetic, count nothing; where a forward differentiates, PyTorch's counter fails,
+    and nothing is returned. Runs in eval mode; buffers and random state stay as they are.
+
+    Args:
+        model: Converted.
+        inputs: What ``prove_response_pass`` returned.
+        linearized: Count a linearised pass, else one with perturbed weights.
+    """
+    graph, examples = model._stnify.graph, max(1, batch_size(inputs))
+    try:
+        with _plain_operators(model._stnify.hyper_layers.values()):
+            before = _counted(graph, lambda: _run(model, inputs, linearized=False))
+        after = _counted(graph, lambda: _run(model, inputs, linearized))
+    except Exception as error:
         if COUNTER_LIMIT in str(error):
             return {}
-        return _count(model, args, dict(kwargs), linearized)
-
-
-COUNTER_LIMIT = "_will_engine_execute_node"
-"""What PyTorch's counter complains of where a forward differentiates."""
-
-
-def _count(
-    model: TunableModule, inputs: tuple[Any, ...], named: dict[str, Any], linearized: bool
-) -> dict[str, tuple[int, int]]:
-    space, graph = model._stnify.space, model._stnify.graph
-    examples = max(1, batch_size((inputs, named)))
-    zeros = space.unconstrained.new_zeros(examples, len(space.columns))
-    nowhere = Perturbation(zeros, None)
-    forward = linearized_forward if linearized else perturbed_forward
-    private = RandomStream(0, space.unconstrained.device)
-    untouched = state_restored(model._stnify.original)
-    with evaluating(model), model._stnify.buffers_restored(), untouched, private.active():
-        with _plain_operators(model._stnify.hyper_layers.values()):
-            before = _counted(graph, lambda: perturbed_forward(graph, inputs, named, nowhere))
-        after = _counted(graph, lambda: forward(graph, inputs, named, nowhere))
+        raise
     layers = {
         f"{type(graph).__name__}.{PREFIX}.layers.{name}": name
         for name in model._stnify.hyper_layers
@@ -87,6 +102,21 @@ def _count(
         name: (before.get(key, 0) // examples, after.get(key, 0) // examples)
         for key, name in layers.items()
     }
+
+
+COUNTER_LIMIT = "_will_engine_execute_node"
+"""What PyTorch's counter complains of where a forward differentiates."""
+
+
+def _run(model: TunableModule, inputs: Inputs, linearized: bool) -> None:
+    """Run a perturbed pass, perturbed by nought; it leaves nothing behind."""
+    space, graph = model._stnify.space, model._stnify.graph
+    zeros = space.unconstrained.new_zeros(max(1, batch_size(inputs)), len(space.columns))
+    forward = linearized_forward if linearized else perturbed_forward
+    private = RandomStream(0, space.unconstrained.device)
+    untouched = state_restored(model._stnify.original)
+    with evaluating(model), model._stnify.buffers_restored(), untouched, private.active():
+        forward(graph, *inputs, Perturbation(zeros, None))
 
 
 @contextmanager

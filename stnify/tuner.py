@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stnify.errors import UsageError
-from stnify.flops import count_flops
+from stnify.flops import Inputs, count_flops, prove_response_pass
 from stnify.layouts import set_layouts
 from stnify.linearize import Forward
 from stnify.loaders import EndlessLoader
@@ -22,7 +22,7 @@ from stnify.nested import map_tensors
 from stnify.objective import Objective, mixing_columns
 from stnify.optimizer import Decays
 from stnify.schedule import History, Record
-from stnify.step import StepResult, response_step, validation_step
+from stnify.step import StepResult, response_step, to_device, validation_step
 from stnify.streams import RandomStream
 from stnify.tunable import TunableModule
 from stnify.uncentred import UncentredTraining, uncentred_evaluation
@@ -55,7 +55,6 @@ class Tuner:
         frozen: Validation steps are off.
         observed: Training batches since the last step.
         layouts: Row layout in words by site, once it has been measured.
-        flops: Cost of an example before and after, by hyper layer, once it has been measured.
         recent: Latest hypergradients, ``(h,)`` each.
         latest_training: Batches of the last general step.
         latest_validation: Batch of the last validation step, if there was one.
@@ -77,13 +76,14 @@ class Tuner:
     frozen: bool = False
     observed: list[Any] = field(default_factory=list)
     layouts: dict[str, str] = field(default_factory=dict)
-    flops: dict[str, tuple[int, int]] = field(default_factory=dict)
     recent: deque[Tensor] = field(default_factory=partial(deque, maxlen=RECENT))
     latest_training: Sequence[Any] = ()
     latest_validation: Any = None
 
     def __post_init__(self) -> None:
         self._baseline: float | None = None
+        self._sample: Inputs | None = None
+        self._flops: dict[str, tuple[int, int]] = {}
         self._gradients: dict[str, Tensor] = {}
         self._versions: list[tuple[Tensor, int]] = []
         self._fetched: list[Any] = []
@@ -240,7 +240,7 @@ class Tuner:
             )
 
     def verify(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Prove the conversion on these inputs, once, and count what it costs."""
+        """Prove the conversion on these inputs, once."""
         self.layouts = verify(self.model, args, kwargs)
         idle = [name for name, word in self.layouts.items() if "never called" in word]
         prefix = "noises."
@@ -253,8 +253,18 @@ class Tuner:
                 stacklevel=2,
             )
         linearized = self.method.response == "linearized"
-        self.flops = count_flops(self.model, args, kwargs, linearized=linearized)
+        self._sample = prove_response_pass(self.model, args, kwargs, linearized=linearized)
         self.verify_inputs = False
+
+    @property
+    def flops(self) -> dict[str, tuple[int, int]]:
+        """Cost of an example before and after, by hyper layer, once inputs have been seen."""
+        if self._sample is not None:
+            inputs = to_device(self._sample, self.model)
+            linearized = self.method.response == "linearized"
+            self._flops, self._sample = {}, None
+            self._flops = count_flops(self.model, inputs, linearized=linearized)
+        return self._flops
 
     # Stepping -------------------------------------------------------------------------------------
 
@@ -479,7 +489,7 @@ class Tuner:
             self.model._stnify.remember_inputs()
         self.layouts = dict(state["layouts"])
         set_layouts(self.model, self.layouts)
-        self.flops = dict(state["flops"])
+        self._flops, self._sample = dict(state["flops"]), None
         self._baseline = state["baseline"]
         self.recent.clear()
         self.recent.extend(gradient.to(self._centre) for gradient in state["recent"])

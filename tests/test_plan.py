@@ -510,7 +510,9 @@ def test_a_computed_kernel_responds_itself():
 
 
 def test_computed_kernels_cannot_be_folded():
-    stn = stnify(nn.Sequential(Standardised(3, 4, 3)), [DECAY], method="stn")
+    model = nn.Sequential(Standardised(3, 4, 3))
+    with pytest.warns(UserWarning, match=r"export\(\) will be refused: .*'0\.weight'"):
+        stn = stnify(model, [DECAY], method="stn")
     with pytest.raises(UsageError, match=r"'0.weight' and 0 more are computed.*method=\"delta\""):
         stn.export()
 

@@ -74,10 +74,11 @@ class TracedFunctions:
         """
         if not isinstance(value, fx.Proxy):
             return isinstance(value, kinds)
-        node, tracer = value.node, cast(fx.Tracer, value.tracer)
+        node, tracer = value.node, cast(Any, value.tracer)
         if node.op == "call_module":
-            module = tracer.root.get_submodule(str(node.target))
-            if not type(module).__module__.startswith("torch.nn") or isinstance(module, SEVERAL):
+            name = str(node.target)
+            whole = name in tracer.leaves or name in tracer.opaque
+            if whole or isinstance(tracer.root.get_submodule(name), SEVERAL):
                 raise RuntimeError("it asks for the type of what a module returns")
         if node.target in self.whole - {len}:
             raise RuntimeError("it asks for the type of what a function returns")
