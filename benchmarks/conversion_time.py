@@ -36,7 +36,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def convert(model: nn.Module, images: Tensor | None) -> None:
-    """Convert a model; with images, also prove the conversion and count its cost."""
+    """Convert a model; with images, also prove the conversion on them."""
     stnify(model, [Dropout(at="input"), WeightDecay()], example_inputs=images)
 
 
