@@ -151,7 +151,7 @@ def short_budget_rows(report):
 
 
 def search_rows(report):
-    """One row for each task that was searched: medians in the time of one tuned run, and of five."""
+    """One row for each task that was searched, in the time of one tuned run and of five."""
     found = {(row["task"], row["method"], row["start"]): row for row in report["summary"]}
     for task in sorted({task for task, method, _ in found if method == "tpe"}):
         searches = [found[task, m, budget] for budget in ("1x", "5x") for m in ("random", "tpe")]
