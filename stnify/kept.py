@@ -77,7 +77,7 @@ def kept_values(module: nn.Module) -> dict[str, Any]:
     methods set. Left out are the registries that every module has.
     """
     found = {name: value for name, value in vars(module).items() if name not in REGISTRIES}
-    for scope, name in named_globals(type(module)):
+    for scope, name in _other_globals(type(module)):
         value = scope.get(name)
         if _changes_inside(value):
             found[f"global {name}"] = value
@@ -138,6 +138,14 @@ def named_globals(kind: type) -> Sequence[tuple[dict[str, Any], str]]:
     return _GLOBALS[kind]
 
 
+def _other_globals(kind: type) -> Sequence[tuple[dict[str, Any], str]]:
+    """Return the globals of ``named_globals`` that there are, without functions, classes, files."""
+    if kind not in _OTHERS:
+        there = [(scope, name) for scope, name in named_globals(kind) if name in scope]
+        _OTHERS[kind] = [entry for entry in there if not isinstance(entry[0][entry[1]], FIXED)]
+    return _OTHERS[kind]
+
+
 def _shared_names(kind: type) -> Sequence[tuple[str, Scope, str]]:
     """Return what a class has that is no method, and the globals that its methods set."""
     if kind not in _SHARED:
@@ -189,6 +197,7 @@ def _stored(code: CodeType) -> set[str]:
 WORDS = (bool, int, float, complex, str, bytes, type(None))
 
 _GLOBALS: MutableMapping[type, Sequence[tuple[dict[str, Any], str]]] = WeakKeyDictionary()
+_OTHERS: MutableMapping[type, Sequence[tuple[dict[str, Any], str]]] = WeakKeyDictionary()
 _SHARED: MutableMapping[type, Sequence[tuple[str, Scope, str]]] = WeakKeyDictionary()
 
 
@@ -297,6 +306,9 @@ def _plain(value: Any) -> bool:
         return False
     return isinstance(getattr(value, "__dict__", None), dict) or bool(_slots(type(value)))
 
+
+FIXED = (type, ModuleType, FunctionType, BuiltinFunctionType)
+"""Globals of these types are not filled."""
 
 CODE = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, partial)
 """What has attributes, and is not looked into."""

@@ -18,6 +18,7 @@ RATE = {"drop_rate": 0.1}
 CLASSES = {"num_classes": 5}
 NARROW = {"embed_dim": 96, "num_heads": 2}
 IMAGE = (3, 64, 64)
+SMALL = (3, 32, 32)
 VERSIONS = ("1.0.31", "0.29.2")
 """Of timm and torchvision, when the table was made."""
 
@@ -57,7 +58,7 @@ FAMILIES = {
     "timm deit": ("deit3_small_patch16_224", {**RATES, "depth": 2, "img_size": 64}, IMAGE),
     "timm densenet": ("densenet121", {**RATE, "block_config": (2, 3, 4, 5)}, IMAGE),
     "timm dla": ("dla46_c", RATE, IMAGE),
-    "timm dpn": ("dpn48b", RATE, IMAGE),
+    "timm dpn": ("dpn48b", RATE, SMALL),
     "timm edgenext": ("edgenext_xx_small", {**RATES, "depths": (2, 2, 2, 2)}, IMAGE),
     "timm efficientformer": (
         "efficientformer_l1",
@@ -84,7 +85,7 @@ FAMILIES = {
         {**RATES, "layers": (1, 1, 1, 1), "embed_dims": (32, 64, 128, 256)},
         IMAGE,
     ),
-    "timm focalnet": ("focalnet_tiny_srf", RATES, IMAGE),
+    "timm focalnet": ("focalnet_tiny_srf", RATES, SMALL),
     "timm gcvit": ("gcvit_xxtiny", {**RATES, "embed_dim": 16, "img_size": 64}, IMAGE),
     "timm gemma4_vit": ("gemma4_vit_167m", {**RATES, **NARROW, "depth": 2, "img_size": 64}, IMAGE),
     "timm ghostnet": ("ghostnet_050", RATE, IMAGE),
@@ -100,7 +101,7 @@ FAMILIES = {
         {**RATES, "embed_dim": 16, "stages": (1, 1, 2, 1)},
         IMAGE,
     ),
-    "timm hrnet": ("hrnet_w18_small", RATE, IMAGE),
+    "timm hrnet": ("hrnet_w18_small", RATE, SMALL),
     "timm iformer": ("iformer_t", RATES, IMAGE),
     "timm inception_next": ("inception_next_atto", {**RATES, "depths": (2, 2, 2, 2)}, IMAGE),
     "timm inception_resnet_v2": ("inception_resnet_v2", RATE, (3, 75, 75)),
@@ -127,13 +128,13 @@ FAMILIES = {
         IMAGE,
     ),
     "timm nest": ("nest_tiny", {**RATES, "img_size": 64}, IMAGE),
-    "timm nextvit": ("nextvit_small", RATES, IMAGE),
+    "timm nextvit": ("nextvit_small", RATES, SMALL),
     "timm nfnet": ("test_nfnet", RATES, IMAGE),
     "timm pit": ("pit_ti_224", {**RATES, "depth": (2, 2, 2), "img_size": 64}, IMAGE),
-    "timm pvt_v2": ("pvt_v2_b0", {**RATES, "depths": (2, 2, 2, 2)}, IMAGE),
+    "timm pvt_v2": ("pvt_v2_b0", {**RATES, "depths": (2, 2, 2, 2)}, SMALL),
     "timm qwen3_vit": ("qwen3_vit_88m", {**RATES, **NARROW, "depth": 2, "img_size": 64}, IMAGE),
-    "timm rdnet": ("rdnet_tiny", {**RATES, "growth_rates": (16, 24, 32, 32, 32, 32, 48)}, IMAGE),
-    "timm regnet": ("regnety_002", RATES, IMAGE),
+    "timm rdnet": ("rdnet_tiny", {**RATES, "growth_rates": (16, 24, 32, 32, 32, 32, 48)}, SMALL),
+    "timm regnet": ("regnety_002", RATES, SMALL),
     "timm repghost": ("repghostnet_050", RATE, IMAGE),
     "timm repvit": (
         "repvit_m0_9",
@@ -141,16 +142,16 @@ FAMILIES = {
         IMAGE,
     ),
     "timm res2net": ("res2next50", {**RATES, "layers": (2, 2, 2, 2)}, IMAGE),
-    "timm resnest": ("resnest14d", RATES, IMAGE),
+    "timm resnest": ("resnest14d", RATES, SMALL),
     "timm resnet": ("test_resnet", RATES, IMAGE),
     "timm resnetv2": (
         "resnetv2_50",
         {**RATES, "layers": (1, 1, 1, 1), "width_factor": 0.25},
         IMAGE,
     ),
-    "timm rexnet": ("rexnet_100", RATES, IMAGE),
-    "timm selecsls": ("selecsls42", RATE, (3, 32, 32)),
-    "timm senet": ("legacy_seresnet18", RATE, IMAGE),
+    "timm rexnet": ("rexnet_100", RATES, SMALL),
+    "timm selecsls": ("selecsls42", RATE, SMALL),
+    "timm senet": ("legacy_seresnet18", RATE, SMALL),
     "timm sequencer": (
         "sequencer2d_s",
         {**RATES, "layers": (2, 2, 2, 2), "embed_dims": (48, 96, 96, 96), "img_size": 64},
@@ -196,7 +197,7 @@ FAMILIES = {
         {**RATES, "depths": (2, 2, 2, 2), "embed_dims": (32, 64, 160, 128), "img_size": 64},
         IMAGE,
     ),
-    "timm vgg": ("vgg11", {**RATE, "mlp_ratio": 0.02}, IMAGE),
+    "timm vgg": ("vgg11", {**RATE, "mlp_ratio": 0.02}, SMALL),
     "timm visformer": ("visformer_tiny", {**RATES, "depth": (2, 2, 2), "img_size": 64}, IMAGE),
     "timm vision_transformer": ("test_vit", {**RATES, "img_size": 64}, IMAGE),
     "timm vision_transformer_hybrid": (
@@ -212,19 +213,18 @@ FAMILIES = {
     ),
     "timm vitamin": ("vitamin_small_224", {**RATES, "depth": 2, "img_size": 64}, IMAGE),
     "timm volo": ("volo_d1_224", {**RATES, "img_size": 64}, IMAGE),
-    "timm vovnet": ("ese_vovnet19b_slim_dw", RATES, (3, 32, 32)),
-    "timm xception": ("legacy_xception", RATE, IMAGE),
-    "timm xception_aligned": ("xception41", RATES, IMAGE),
+    "timm vovnet": ("ese_vovnet19b_slim_dw", RATES, SMALL),
+    "timm xception": ("legacy_xception", RATE, SMALL),
+    "timm xception_aligned": ("xception41", RATES, SMALL),
     "timm xcit": ("xcit_tiny_12_p8_224", {**RATES, "depth": 2, "img_size": 64}, IMAGE),
-    "torchvision alexnet": ("alexnet", CLASSES, IMAGE),
-    "torchvision convnext": ("convnext_tiny", CLASSES, IMAGE),
+    "torchvision convnext": ("convnext_tiny", CLASSES, SMALL),
     "torchvision detection.faster_rcnn": (
         "fasterrcnn_mobilenet_v3_large_320_fpn",
         {**CLASSES, "box_detections_per_img": 3, "min_size": 64, "max_size": 64},
         IMAGE,
     ),
     "torchvision efficientnet": ("efficientnet_b0", CLASSES, IMAGE),
-    "torchvision googlenet": ("googlenet", CLASSES, IMAGE),
+    "torchvision googlenet": ("googlenet", CLASSES, SMALL),
     "torchvision mnasnet": ("mnasnet0_5", CLASSES, IMAGE),
     "torchvision mobilenetv2": ("mobilenet_v2", CLASSES, IMAGE),
     "torchvision mobilenetv3": ("mobilenet_v3_small", CLASSES, IMAGE),
@@ -235,12 +235,13 @@ FAMILIES = {
     "torchvision shufflenetv2": ("shufflenet_v2_x0_5", CLASSES, IMAGE),
     "torchvision squeezenet": ("squeezenet1_1", CLASSES, IMAGE),
     "torchvision video.resnet": ("mc3_18", CLASSES, (3, 4, 32, 32)),
-    "torchvision swin_transformer": ("swin_t", CLASSES, IMAGE),
+    "torchvision swin_transformer": ("swin_t", CLASSES, SMALL),
     "torchvision vision_transformer": ("vit_b_16", {**CLASSES, "image_size": 64}, IMAGE),
 }
 """Family to name, options, and shape of one input."""
 
 LEFT_TO_THE_BENCHMARK = {
+    "torchvision alexnet": "61 million parameters, of the structure of vgg",
     "timm nasnet": "1,500 modules whatever its options",
     "timm pnasnet": "86 million parameters and 1,600 sites whatever its options",
     "torchvision densenet": "of the structure of timm's",
