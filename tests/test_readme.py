@@ -156,7 +156,8 @@ def search_rows(report):
     for task in sorted({task for task, method, _ in found if method == "tpe"}):
         searches = [found[task, m, budget] for budget in ("1x", "5x") for m in ("random", "tpe")]
         losses = [f"{row['validation']:.2f} ({row['test']:.2f})" for row in searches]
-        yield f"| {' | '.join([task, *losses, str(searches[0]['seeds'])])} |"
+        seeds = dict.fromkeys(str(row["seeds"]) for row in searches)  # one number if all are alike
+        yield f"| {' | '.join([task, *losses, ', '.join(seeds)])} |"
 
 
 def ingredient_rows(budget, costs):

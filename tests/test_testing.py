@@ -747,7 +747,7 @@ quickly = settings(
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_random_modules_are_exact_or_refused_with_a_reason(shard):
-    """Two thousand in all; every thirty-second also against differences in float64."""
+    """Two thousand in all; every sixty-fourth also against differences in float64."""
     outcomes: list[str | None] = []
 
     @seed(shard)
@@ -755,7 +755,7 @@ def test_random_modules_are_exact_or_refused_with_a_reason(shard):
     @given(module=strategies.random_modules(), data=st.data())
     def convert(module, data):
         hparams = data.draw(strategies.hyperparameter_sets(floating=module.entries is None))
-        thorough = len(outcomes) % 32 == 0
+        thorough = len(outcomes) % 64 == 0
         refused = testing.converts_or_refuses(*module.build(), hparams, thorough=thorough)
         assert refused is None or refused.startswith(REFUSALS), refused
         outcomes.append(refused)
