@@ -1,9 +1,10 @@
 """7c. Whether the hypergradient can be trusted: how sure its sign is, how far ahead it looks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from torch.optim import Optimizer
 
 from stnify.errors import UsageError
 from stnify.step import to_device
-from stnify.tunable import TunableModule, evaluating
+from stnify.tunable import evaluating
 from stnify.tuner import Tuner
+from stnify.untouched import state_restored
 
 BLOCKS = 4
 """Parts of the recent past whose means are compared; the response hardly changes within one."""
@@ -34,6 +36,7 @@ class Diagnosis:
             errors, which single steps cannot show.
         horizon: Training steps for which the response answers: how many steps at the current
             learning rate, each with its immediate effect, would change the validation loss as much.
+            NaN if it is not known how far a step of the optimizer goes, see ``STEP_SIZES``.
         horizon_error: Its standard error.
     """
 
@@ -56,10 +59,13 @@ class Diagnosis:
             noise, sure = self.signal_to_noise[name], self.certainty[name]
             known = "" if sure > SURE else "  direction not known"
             lines.append(f"{name:{width}}  {gradient:+8.1e}  {noise:12.2f}  {sure:9.2f}{known}")
-        lines.append(
-            f"over {self.steps} validation steps; the response looks about "
-            f"{self.horizon:.3g} training steps ahead (standard error {self.horizon_error:.2g})"
+        ahead = (
+            "how far ahead the response looks is not known for this optimizer"
+            if math.isnan(self.horizon)
+            else f"the response looks about {self.horizon:.3g} training steps ahead "
+            f"(standard error {self.horizon_error:.2g})"
         )
+        lines.append(f"over {self.steps} validation steps; {ahead}")
         return "\n".join(lines)
 
 
@@ -115,14 +121,12 @@ def _horizon(
         The slope through the origin, and its standard error.
     """
     space = tuner.model._stnify.space
-    stream = tuner.stream.state_dict()
-    try:
-        with _restored(tuner.model), tuner.stream.active(), torch.enable_grad():
-            slopes = _validation_slopes(tuner, optimizer)
-            epsilons = space.scale.detach() * torch.randn(draws, len(space.columns)).to(gradient)
-            effects = torch.stack([_effect(tuner, slopes, epsilon) for epsilon in epsilons])
-    finally:
-        tuner.stream.load_state_dict(stream)
+    with _untouched(tuner), tuner.stream.active(), torch.enable_grad():
+        slopes = _validation_slopes(tuner, optimizer)
+        if slopes is None:
+            return math.nan, math.nan
+        epsilons = space.scale.detach() * torch.randn(draws, len(space.columns)).to(gradient)
+        effects = torch.stack([_effect(tuner, slopes, epsilon) for epsilon in epsilons])
     predicted = epsilons @ gradient
     size = float(effects.square().sum())
     if size == 0:
@@ -132,34 +136,101 @@ def _horizon(
     return slope, math.sqrt(float(residuals.square().sum()) / max(draws - 1, 1) / size)
 
 
-def _validation_slopes(tuner: Tuner, optimizer: Optimizer) -> dict[nn.Parameter, Tensor]:
-    """Return how the validation loss falls with each training gradient, by parameter."""
+def _validation_slopes(tuner: Tuner, optimizer: Optimizer) -> dict[nn.Parameter, Tensor] | None:
+    """Return how the validation loss falls with each training gradient, by parameter.
+
+    None if the optimizer's step sizes are not known.
+    """
     model = tuner.model
     trained = [p for p in model._stnify.general_parameters().values() if p.requires_grad]
     with evaluating(model):
         loss = tuner.objective.validation(model, to_device(tuner.latest_validation, model))
     found = torch.autograd.grad(loss, trained, allow_unused=True)
-    return {
-        parameter: step_sizes(optimizer, parameter) * slope
-        for parameter, slope in zip(trained, found, strict=True)
-        if slope is not None
-    }
+    slopes = {}
+    for parameter, slope in zip(trained, found, strict=True):
+        size = step_sizes(optimizer, parameter)
+        if size is None:
+            return None
+        if slope is not None:
+            slopes[parameter] = size * slope
+    return slopes
 
 
-def step_sizes(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | float:
+def step_sizes(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | float | None:
     """Return how far a constant small change of the gradient moves ``parameter`` in one step.
 
     That is the learning rate over one minus the momentum, and over the root of the running mean
-    square of the gradients for optimizers that keep one.
+    square of the gradients for optimizers that keep one; nought for a parameter that the optimizer
+    does not move, None for optimizers that are not among ``STEP_SIZES``.
     """
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-    size = float(group.get("lr", 1.0)) / (1 - float(group.get("momentum", 0.0) or 0.0))
-    state = optimizer.state.get(parameter, {})
-    if "exp_avg_sq" not in state:
-        return size
-    _, memory = group["betas"]
-    square = state["exp_avg_sq"] / (1 - memory ** float(state["step"]))
-    return size / (square.sqrt() + group["eps"])
+    rule = next((STEP_SIZES[kind] for kind in type(optimizer).__mro__ if kind in STEP_SIZES), None)
+    if rule is None:
+        return None
+    for group in optimizer.param_groups:
+        if any(member is parameter for member in group["params"]):
+            return rule(group, optimizer.state.get(parameter, {}))
+    return 0.0
+
+
+Settings = Mapping[str, Any]
+State = Mapping[str, Any]
+
+
+def _of_sgd(group: Settings, state: State) -> float:
+    momentum = group["momentum"]
+    kept = 1 - group["dampening"] if momentum else 1.0
+    return float(group["lr"]) * kept / (1 - momentum)
+
+
+def _of_adam(group: Settings, state: State) -> Tensor | float:
+    if not state:
+        return 0.0
+    square = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+    square = square / (1 - group["betas"][1] ** float(state["step"]))
+    size: Tensor = float(group["lr"]) / (square.sqrt() + group["eps"])
+    return size
+
+
+def _of_adamax(group: Settings, state: State) -> Tensor | float:
+    return float(group["lr"]) / state["exp_inf"] if state else 0.0
+
+
+def _of_rmsprop(group: Settings, state: State) -> Tensor | float:
+    if not state:
+        return 0.0
+    square = state["square_avg"]
+    if group["centered"]:
+        square = square - state["grad_avg"].square()
+    rate = float(group["lr"]) / (1 - group["momentum"])
+    size: Tensor = rate / (square.sqrt() + group["eps"])
+    return size
+
+
+def _of_adagrad(group: Settings, state: State) -> Tensor:
+    rate = float(group["lr"]) / (1 + (float(state["step"]) - 1) * group["lr_decay"])
+    size: Tensor = rate / (state["sum"].sqrt() + group["eps"])
+    return size
+
+
+def _of_adadelta(group: Settings, state: State) -> Tensor | float:
+    if not state:
+        return 0.0
+    ratio = (state["acc_delta"] + group["eps"]) / (state["square_avg"] + group["eps"])
+    size: Tensor = float(group["lr"]) * ratio.sqrt()
+    return size
+
+
+STEP_SIZES: dict[type[Optimizer], Callable[[Settings, State], Tensor | float]] = {
+    torch.optim.SGD: _of_sgd,
+    torch.optim.Adam: _of_adam,
+    torch.optim.AdamW: _of_adam,
+    torch.optim.NAdam: _of_adam,
+    torch.optim.Adamax: _of_adamax,
+    torch.optim.RMSprop: _of_rmsprop,
+    torch.optim.Adagrad: _of_adagrad,
+    torch.optim.Adadelta: _of_adadelta,
+}
+"""Kind of optimizer to its step sizes, from a param group and what it keeps of a parameter."""
 
 
 def _effect(tuner: Tuner, slopes: dict[nn.Parameter, Tensor], epsilon: Tensor) -> Tensor:
@@ -171,7 +242,7 @@ def _effect(tuner: Tuner, slopes: dict[nn.Parameter, Tensor], epsilon: Tensor) -
     sides = []
     for sign in (1, -1):
         rewind()
-        with _moved(tuner, sign * epsilon):
+        with _moved(tuner, sign * epsilon), tuner.draws_apart():
             sides.append(_projected(tuner, slopes))
     return (sides[1] - sides[0]) / 2
 
@@ -209,20 +280,23 @@ def _projected(tuner: Tuner, slopes: dict[nn.Parameter, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _restored(model: TunableModule) -> Iterator[None]:
-    """Run the body in train mode on copies of the buffers."""
+def _untouched(tuner: Tuner) -> Iterator[None]:
+    """Run the body in train mode; whatever it changes is put back: buffers, what code keeps."""
+    model, stream = tuner.model, tuner.stream.state_dict()
     holders = [(module, dict(module._buffers)) for module in model.modules()]
     modes = [(module, module.training) for module in model.modules()]
     for module, buffers in holders:
         for name, buffer in buffers.items():
             module._buffers[name] = None if buffer is None else buffer.clone()
-    if not model.training:
-        model.train()
     try:
-        yield
+        with state_restored(model._stnify.original):
+            if not model.training:
+                model.train()
+            yield
     finally:
         for module, buffers in holders:
             module._buffers.update(buffers)
         for module, training in modes:
             module.training = training
         model._stnify.original.training = model.training
+        tuner.stream.load_state_dict(stream)

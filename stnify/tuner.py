@@ -4,6 +4,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -287,6 +288,12 @@ class Tuner:
             weight = parameters[name].detach()
             found[parameters[name]] = coefficient * weight.sign() + squared.get(name, 0.0) * weight
         return found
+
+    def draws_apart(self) -> AbstractContextManager[None]:
+        """Return a context whose passes leave no draws behind for the general step."""
+        if self._uncentred is None:
+            return nullcontext()
+        return self._uncentred.apart(self.model._stnify.space)
 
     def after_general_step(self, optimizer: Optimizer) -> None:
         """Take the response step and validation steps, if they are due.

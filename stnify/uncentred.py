@@ -57,6 +57,15 @@ class UncentredTraining:
         finally:
             self._repeats = before
 
+    @contextmanager
+    def apart(self, space: HyperparameterSpace) -> Iterator[None]:
+        """Keep the draws of the body to itself: it knows no others, and they are forgotten."""
+        before, active, self.drawn = self.drawn, space.active, []
+        try:
+            yield
+        finally:
+            self.drawn, space.active = before, active
+
     def _perturbation(self, space: HyperparameterSpace, batch: int) -> Perturbation:
         if self._repeats and self.drawn and len(self.drawn[-1].response_input) == batch:
             return self.drawn[-1]

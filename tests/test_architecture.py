@@ -135,7 +135,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "uncentred",
         "verify",
     },
-    "diagnosis": {"errors", "step", "tunable", "tuner"},
+    "diagnosis": {"errors", "step", "tunable", "tuner", "untouched"},
     "export": {"errors", "tunable"},
     "bundle": {
         "diagnosis",

@@ -1,12 +1,16 @@
 """What a diagnosis says, against runs where it is known, and that it changes nothing."""
 
 import copy
+import math
+import random
 
+import numpy
 import pytest
 import torch
 from cases import batches, convert, convolutional_network, perceptron, train
+from timm.optim import create_optimizer_v2
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
 
 from stnify import Dropout, Hyperparameter, UsageError, WeightDecay, stnify
 from stnify.diagnosis import step_sizes
@@ -27,6 +31,50 @@ def test_training_goes_on_as_if_nothing_had_been_asked():
             assert stn.diagnose().steps == 10
             assert stn.model.training
         train(*stn, 5, criterion=stn.criterion)
+        runs.append((stn.model.state_dict(), stn.history.to_dict()))
+    (left, left_history), (right, right_history) = runs
+    assert left_history == right_history
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Keeping(nn.Module):
+    """Counts its training passes, keeps what it saw, and draws by other generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.passes = 0
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, inputs):
+        hidden = self.hidden(inputs).relu()
+        if self.training:
+            self.passes += 1
+            self.seen.append(hidden.detach().mean())
+            hidden = hidden * (1 + 0.1 * random.random() + 0.1 * numpy.random.rand())
+        return self.head(hidden) + 0.01 * self.passes + 0.1 * sum(self.seen)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (Keeping, {}),
+        (perceptron, {"method": "stn"}),
+        (convolutional_network, {"method": "stn"}),
+        (perceptron, {"method": "centered"}),
+    ],
+)
+def test_whatever_passes_keep_is_left_as_it_was(make, options):
+    runs = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        random.seed(0)
+        numpy.random.seed(0)
+        stn = convert(make(), [WeightDecay(init=1e-2)], **options)
+        train(*stn, 9, criterion=stn.criterion)
+        if asked:
+            stn.diagnose()
+        train(*stn, 3, criterion=stn.criterion)
         runs.append((stn.model.state_dict(), stn.history.to_dict()))
     (left, left_history), (right, right_history) = runs
     assert left_history == right_history
@@ -140,26 +188,59 @@ def test_the_table_says_which_directions_are_not_known():
     [
         (lambda p: SGD(p, 0.1), 0.1),
         (lambda p: SGD(p, 0.1, momentum=0.9), 1.0),
+        (lambda p: SGD(p, 0.1, momentum=0.9, dampening=0.9), 0.1),
         (lambda p: Adam(p, 0.1, eps=0.0), 0.1 / 2.0),
+        (lambda p: Adam(p, 0.1, eps=0.0, amsgrad=True), 0.1 / 2.0),
         (lambda p: AdamW(p, 0.1, eps=0.0), 0.1 / 2.0),
+        (lambda p: NAdam(p, 0.1, eps=0.0), 0.1 / 2.0),
+        (lambda p: Adamax(p, 0.1, eps=0.0), 0.1 / 2.0),
+        (lambda p: RMSprop(p, 0.1, eps=0.0), 0.1 / (2.0 * math.sqrt(1 - 0.99**200))),
+        (lambda p: RMSprop(p, 0.1, eps=0.0, alpha=0.5, momentum=0.9), 1.0 / 2.0),
+        (lambda p: Adagrad(p, 0.1, eps=0.0), 0.1 / (2.0 * math.sqrt(200))),
     ],
 )
 def test_step_sizes_are_what_a_small_constant_change_of_gradient_moves(make, expected):
-    """Of a weight whose gradient has been 2 for long: the change is a hundred-thousandth of it."""
-    moved = []
-    for change in (0.0, 2e-5):
-        parameter = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        optimizer = make([parameter])
-        for _ in range(200):
-            parameter.grad = torch.full_like(parameter, 2.0)
-            optimizer.step()
-        size = step_sizes(optimizer, parameter)
-        before = parameter.detach().clone()
-        parameter.grad = torch.full_like(parameter, 2.0 + change)
+    """Of a weight whose gradient has been 2 for long, the normaliser held."""
+    parameter = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer = make([parameter])
+    for _ in range(200):
+        parameter.grad = torch.full_like(parameter, 2.0)
         optimizer.step()
-        moved.append(before - parameter.detach())
-    assert float(size) == pytest.approx(expected, rel=1e-6)
-    assert float(moved[1] - moved[0]) > 0
+    assert float(step_sizes(optimizer, parameter)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_step_of_adadelta_and_of_centered_rmsprop_is_as_long_as_the_gradient_it_divides():
+    """A gradient of alternating sign has no mean, so both step by a known multiple of it."""
+    sizes, moved = [], []
+    for kind, options in ((Adadelta, {}), (RMSprop, {"centered": True, "eps": 0.0})):
+        parameter = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        optimizer = kind([parameter], 0.1, **options)
+        for step in range(2000):
+            parameter.grad = torch.full_like(parameter, 2.0 * (-1) ** step)
+            before = parameter.detach().clone()
+            optimizer.step()
+        sizes.append(float(step_sizes(optimizer, parameter)))
+        moved.append(float((parameter.detach() - before).abs()) / 2.0)
+    # A mean with a memory of 100 steps is a two-hundredth of an alternating gradient; Adadelta's
+    # other mean moves within the step by the hundredth part of its memory of ten.
+    assert sizes == pytest.approx(moved, rel=0.06)
+
+
+def test_a_parameter_the_optimizer_does_not_move_has_no_step():
+    moved, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    assert step_sizes(SGD([moved], 0.1), other) == 0.0
+    assert step_sizes(Adam([moved], 0.1), moved) == 0.0, "before its first step"
+
+
+@pytest.mark.parametrize("name", ["lamb", "adan", "adafactor", "lion"])
+def test_of_other_optimizers_the_horizon_is_not_known(name):
+    model = perceptron()
+    stn = convert(model, [DROPOUT], create_optimizer_v2(model, name, lr=1e-3))
+    train(*stn, 9, criterion=stn.criterion)
+    found = stn.diagnose(draws=2)
+    assert math.isnan(found.horizon)
+    assert math.isfinite(found.certainty["dropout"])
+    assert "how far ahead the response looks is not known for this optimizer" in str(found)
 
 
 def test_a_diagnosis_needs_steps_to_look_back_on():
