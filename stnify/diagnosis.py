@@ -115,25 +115,30 @@ def _named(tuner: Tuner, values: Tensor) -> dict[str, float]:
 def _horizon(
     tuner: Tuner, optimizer: Optimizer, gradient: Tensor, draws: int
 ) -> tuple[float, float]:
-    """Regress what ``gradient`` predicts for perturbations on what one training step does to them.
+    """Compare what ``gradient`` predicts with what one training step does, where it is steepest.
+
+    Lambda goes one sigma along ``gradient``, in units of sigma, and as far back. The effect of a
+    step is noisy, the prediction is not: a mean of effects is divided by, and nothing regressed on
+    them, because noise in what one regresses on makes slopes too small.
 
     Returns:
-        The slope through the origin, and its standard error.
+        The ratio, and its standard error.
     """
-    space = tuner.model._stnify.space
+    scale = tuner.model._stnify.space.scale.detach()
+    length = torch.linalg.vector_norm(scale * gradient)
+    if length == 0:
+        return 0.0, 0.0
+    epsilon = scale * (scale * gradient / length)
     with _untouched(tuner), tuner.stream.active(), torch.enable_grad():
         slopes = _validation_slopes(tuner, optimizer)
         if slopes is None:
             return math.nan, math.nan
-        epsilons = space.scale.detach() * torch.randn(draws, len(space.columns)).to(gradient)
-        effects = torch.stack([_effect(tuner, slopes, epsilon) for epsilon in epsilons])
-    predicted = epsilons @ gradient
-    size = float(effects.square().sum())
-    if size == 0:
+        effects = torch.stack([_effect(tuner, slopes, epsilon) for _ in range(draws)])
+    mean, error = float(effects.mean()), float(effects.std()) / math.sqrt(draws)
+    if mean == 0:
         return math.inf, math.inf
-    slope = float((predicted * effects).sum()) / size
-    residuals = predicted - slope * effects
-    return slope, math.sqrt(float(residuals.square().sum()) / max(draws - 1, 1) / size)
+    ratio = float(length) / mean
+    return ratio, abs(ratio) * error / abs(mean)
 
 
 def _validation_slopes(tuner: Tuner, optimizer: Optimizer) -> dict[nn.Parameter, Tensor] | None:

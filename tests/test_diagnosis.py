@@ -127,39 +127,59 @@ def pull(model, batch, value):
     return (value * model(batch[0])[:, 0]).mean()
 
 
-@pytest.mark.parametrize("steps", [4, 12])
-def test_the_horizon_is_the_number_of_steps_the_response_was_learned_for(steps):
-    """A flat loss, so that each step adds the same to the response: its age is its horizon.
+def noisy_pull(model, batch, value):
+    """The same on average, and as much noise."""
+    return (1 + torch.randn(())) * pull(model, batch, value)
+
+
+LINE = torch.ones(8, 1), torch.ones(8, 1)
+
+
+def learned_for(steps, penalty):
+    """Return a run whose response is what ``steps`` steps of 0.1 along ``penalty`` would make it.
 
     The general gradient is ``lambda``, so one step with rate ``a`` moves the weight by
-    ``-a lambda``; the response is put to what ``steps`` such steps would make it.
+    ``-a lambda``.
     """
     torch.manual_seed(0)
-    rate, batch = 0.1, (torch.ones(8, 1), torch.ones(8, 1))
-    model = Shifted()
+    rate, model = 0.1, Shifted()
     stn = stnify(
         model,
-        [Hyperparameter("pull", 0.0, scale=0.1, penalty=pull)],
+        [Hyperparameter("pull", 0.0, scale=0.1, penalty=penalty)],
         optimizer=SGD(model.parameters(), rate),
         criterion=straight,
         hyper_optimizer=lambda parameters: SGD(parameters, 0.0),
         response_optimizer=lambda groups: SGD(groups, 0.0),
         seed=0,
     )
-    stn.step(batch)
+    stn.step(LINE)
     response = stn.model.weight_responses()["layer.weight"]
     response.response.data.fill_(1.0)
     response.gate.data.fill_(-rate * steps)
     for _ in range(8):
-        stn.validation_step(batch)
+        stn.validation_step(LINE)
+    return stn
+
+
+@pytest.mark.parametrize("steps", [4, 12])
+def test_the_horizon_is_the_number_of_steps_the_response_was_learned_for(steps):
+    """A flat loss, so that each step adds the same to the response: its age is its horizon."""
+    stn = learned_for(steps, pull)
     found = stn.diagnose()
     assert found.horizon == pytest.approx(steps, rel=1e-4)  # float32
     assert found.horizon_error < 1e-3 * steps
     assert found.unsure == []
-    response.gate.data.mul_(-1)
+    stn.model.weight_responses()["layer.weight"].gate.data.mul_(-1)
     for _ in range(64):
-        stn.validation_step(batch)
+        stn.validation_step(LINE)
     assert stn.diagnose().horizon == pytest.approx(-steps, rel=1e-4), "the wrong way"
+
+
+def test_noise_in_the_effect_of_a_step_does_not_shorten_the_horizon():
+    """Regressing the prediction on effects of which half the variance is noise would halve it."""
+    found = learned_for(10, noisy_pull).diagnose(draws=400)
+    assert 0.3 < found.horizon_error < 0.7, "a twentieth of ten"
+    assert found.horizon == pytest.approx(10, abs=3 * found.horizon_error)
 
 
 def test_noise_is_not_taken_for_a_direction():
