@@ -19,8 +19,13 @@ from stnify.untouched import state_restored
 BLOCKS = 4
 """Parts of the recent past whose means are compared; the response hardly changes within one."""
 
-SURE = 2.0
-"""Standard errors from zero beyond which the sign of a gradient counts as known."""
+SURE = 4.0
+"""Standard errors from zero beyond which the sign of a gradient counts as known.
+
+Two would be too few: an error taken from four blocks is itself uncertain, and what the response has
+wrong outlasts a block. Of hyperparameters without any effect nearly half exceed two, one in twelve
+four.
+"""
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ def _effect(tuner: Tuner, slopes: dict[nn.Parameter, Tensor], epsilon: Tensor) -
     sides = []
     for sign in (1, -1):
         rewind()
-        with _moved(tuner, sign * epsilon), tuner.draws_apart():
+        with _moved(tuner, sign * epsilon), tuner.unobserved():
             sides.append(_projected(tuner, slopes))
     return (sides[1] - sides[0]) / 2
 
@@ -294,7 +299,7 @@ def _untouched(tuner: Tuner) -> Iterator[None]:
         for name, buffer in buffers.items():
             module._buffers[name] = None if buffer is None else buffer.clone()
     try:
-        with state_restored(model._stnify.original):
+        with state_restored(model._stnify.original), tuner.unobserved():
             if not model.training:
                 model.train()
             yield

@@ -3,8 +3,8 @@
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -289,11 +289,17 @@ class Tuner:
             found[parameters[name]] = coefficient * weight.sign() + squared.get(name, 0.0) * weight
         return found
 
-    def draws_apart(self) -> AbstractContextManager[None]:
-        """Return a context whose passes leave no draws behind for the general step."""
-        if self._uncentred is None:
-            return nullcontext()
-        return self._uncentred.apart(self.model._stnify.space)
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Let passes of the body be none of the loop's: the next step knows nothing of them."""
+        kept = self._fetched, self._calls_seen
+        space, uncentred = self.model._stnify.space, self._uncentred
+        self._fetched = []
+        try:
+            with nullcontext() if uncentred is None else uncentred.apart(space):
+                yield
+        finally:
+            self._fetched, self._calls_seen = kept
 
     def after_general_step(self, optimizer: Optimizer) -> None:
         """Take the response step and validation steps, if they are due.
