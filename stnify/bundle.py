@@ -218,6 +218,7 @@ class STN:
         return {
             "model": copy.copy(self.model.state_dict()),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "kinds": None if self.optimizer is None else self.optimizer.kinds,
             "tuner": self._tuner.state_dict(),
         }
 
@@ -225,7 +226,8 @@ class STN:
         """Continue from what ``state_dict`` returned, in an STN that was converted the same way.
 
         Raises:
-            UsageError: The state is of another model or other hyperparameters; nothing was loaded.
+            UsageError: The state is of another model, other hyperparameters or other kinds of
+                optimizers; nothing was loaded.
         """
         self._refuse_other_state(state)
         self.model.load_state_dict(state["model"])
@@ -243,6 +245,13 @@ class STN:
                 f"a state can be loaded where the same hyperparameters are declared in the same "
                 f"order, but it has the hyperparameters (name, low, high) {found} and this one "
                 f"{self._tuner.columns()}. Convert with the declarations of that run."
+            )
+        kinds = None if self.optimizer is None else self.optimizer.kinds
+        if kinds and state.get("kinds", kinds) not in (kinds, None):
+            raise UsageError(
+                f"a state can be loaded where optimizers are of the same kind, but it has those of "
+                f"{state['kinds']} (weights, response) and this run {kinds}. Convert with the "
+                f"optimizer, `response_optimizer` and `response_lr` of that run."
             )
         own = {name: value.shape for name, value in self.model.state_dict().items()}
         other = {name: value.shape for name, value in state["model"].items()}

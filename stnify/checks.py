@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -114,7 +115,6 @@ def refuse_arguments(
     response: str,
     scale: float | None,
     response_lr: float | None,
-    total_steps: int | None,
     tunes: bool,
 ) -> None:
     """Refuse arguments of ``stnify`` that do not fit each other.
@@ -128,16 +128,14 @@ def refuse_arguments(
             "steps compute losses themselves. Pass the criterion of your loop, or "
             "`forward_loss=fn(model, batch) -> scalar`."
         )
-    if total_steps is not None and total_steps < 1:
-        raise UsageError(f"`total_steps >= 1` must hold, but got total_steps={total_steps}.")
     for name, function in (("criterion", criterion), ("forward_loss", forward_loss)):
         if function is not None and not callable(function):
             raise UsageError(f"`{name}` must be callable, but got {type(function).__name__}.")
     if response not in {"full", "gate"}:
         raise UsageError(f"`response` must be 'full' or 'gate', but got {response!r}.")
     for name, value in (("scale", scale), ("response_lr", response_lr)):
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"`0 < {name} < inf` must hold, but got {name}={value}.")
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise UsageError(f"`0 < {name} < inf` must hold, but got {name}={value!r}.")
 
 
 def _length(loader: Iterable[Any]) -> int | None:
@@ -146,6 +144,33 @@ def _length(loader: Iterable[Any]) -> int | None:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def length_of_run(
+    total_steps: int | None, epochs: int | None, train_loader: Iterable[Any] | None
+) -> int | None:
+    """Return the length of the run in training steps, if it was told.
+
+    Raises:
+        UsageError: It was told twice, is no positive integer, or the loader has no length.
+    """
+    for name, value in (("total_steps", total_steps), ("epochs", epochs)):
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise UsageError(f"`{name}` must be an integer of at least 1, but got {value!r}.")
+    if epochs is None:
+        return total_steps
+    if total_steps is not None:
+        raise UsageError(
+            f"give either `epochs` or `total_steps`, but got both: epochs={epochs}, "
+            f"total_steps={total_steps}."
+        )
+    length = None if train_loader is None else _length(train_loader)
+    if length is None:
+        raise UsageError(
+            "`epochs` needs a `train_loader` whose length is known, but there is none. Pass "
+            "`total_steps`, the number of times the loop calls optimizer.step()."
+        )
+    return int(epochs) * length
 
 
 def refuse_empty(loader: Iterable[Any] | None, name: str) -> None:

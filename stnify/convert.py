@@ -12,7 +12,13 @@ from torch.optim import Optimizer, RMSprop
 
 from stnify.augment import MIXES, Stats
 from stnify.bundle import STN
-from stnify.checks import refuse_arguments, refuse_distributed, refuse_empty, refuse_model
+from stnify.checks import (
+    length_of_run,
+    refuse_arguments,
+    refuse_distributed,
+    refuse_empty,
+    refuse_model,
+)
 from stnify.compiled import CompiledForward
 from stnify.declare import Hyperparameters, L1Penalty, Pattern, WeightDecay, declarations
 from stnify.errors import (
@@ -68,6 +74,7 @@ def stnify(
     valid_steps: int = 1,
     warmup_steps: int | None = None,
     total_steps: int | None = None,
+    epochs: int | None = None,
     scale: float | None = None,
     tune_scale: bool = True,
     entropy_weight: float = 1e-3,
@@ -110,6 +117,8 @@ def stnify(
         warmup_steps: Training steps before hyperparameters move; a twentieth of ``total_steps`` if
             that is known, else 100.
         total_steps: Length of the run in training steps; sets the warm-up and lambda's step size.
+            Where it is not known, that size is the papers', for runs of 100,000 steps.
+        epochs: The same in passes over ``train_loader``, with one training step for each batch.
         scale: Initial perturbation scale sigma, unconstrained units. None lets it follow the value
             where the range has two ends, so that it reaches a fifth of the range; else it is 1.
         tune_scale: Whether sigma moves by its gradient, where it does not follow the value.
@@ -165,9 +174,11 @@ def stnify(
         response,
         scale,
         response_lr,
-        total_steps,
         tunes=chosen.tunes,
     )
+    refuse_empty(train_loader, "train_loader")
+    refuse_empty(valid_loader, "valid_loader")
+    total_steps = length_of_run(total_steps, epochs, train_loader)
     declared = declarations(hparams)
     if antithetic is None:
         antithetic = any(isinstance(each, WeightDecay | L1Penalty) for each in declared)
@@ -183,8 +194,11 @@ def stnify(
         entropy_weight=entropy_weight,
         tune_scale=tune_scale,
     )
-    refuse_empty(train_loader, "train_loader")
-    refuse_empty(valid_loader, "valid_loader")
+    if chosen.tunes and total_steps is not None and cadence.warmup_steps >= total_steps:
+        raise UsageError(
+            f"`warmup_steps < total_steps` must hold, or nothing is tuned, but got "
+            f"warmup_steps={cadence.warmup_steps} of {total_steps}."
+        )
     device, dtype = _place(model)
     seed = torch.initial_seed() if seed is None else seed
     compile = device.type == "cuda" if compile is None else compile

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from stnify.errors import UsageError
@@ -56,6 +57,12 @@ class Cadence:
     tune_scale: bool = True
 
     def __post_init__(self) -> None:
+        counts = ("train_steps", "valid_steps", "warmup_steps", "response_every")
+        for name in counts:
+            if not isinstance(getattr(self, name), Integral):
+                raise UsageError(f"`{name}` must be an integer, but got {getattr(self, name)!r}.")
+        if not isinstance(self.antithetic, bool):
+            raise UsageError(f"`antithetic` must be a bool or None, but got {self.antithetic!r}.")
         rules = {
             "train_steps >= 1": self.train_steps >= 1,
             "valid_steps >= 1": self.valid_steps >= 1,

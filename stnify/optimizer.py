@@ -96,6 +96,11 @@ class STNOptimizer(Optimizer):
         self.synchronise()
 
     @property
+    def kinds(self) -> list[str]:
+        """Names of the classes of the general and of the response optimizer."""
+        return [type(self.base).__name__, type(self.response).__name__]
+
+    @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """Defaults of the wrapped optimizer."""
         return self.base.defaults
@@ -185,7 +190,10 @@ class STNOptimizer(Optimizer):
         return torch.add(gradient, parameter.detach(), alpha=decay, out=buffer)
 
     def synchronise(self) -> None:
-        """Let each response group follow its general group's settings, or learning rate."""
+        """Let each response group follow its general group's settings, or learning rate.
+
+        Weights that have not been allowed to move yet have no response either.
+        """
         for source, group in zip(self._sources, self.response.param_groups, strict=True):
             general = self.base.param_groups[source]
             if self._is_twin:
@@ -195,7 +203,7 @@ class STNOptimizer(Optimizer):
             elif "lr" in general:
                 now = float(general["lr"])
                 highest = group[HIGHEST] = max(group[HIGHEST], now)
-                group["lr"] = group[OWN] * (now / highest if highest else 1.0)
+                group["lr"] = group[OWN] * (now / highest if highest else 0.0)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, RAdam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from stnify import Dropout, Hyperparameter, ShapeError, UsageError, WeightDecay, stnify
 from stnify.objective import Objective
@@ -1335,6 +1335,27 @@ def test_the_step_size_of_lambda_follows_the_length_of_the_run(total_steps, sett
     (group,) = stn._tuner.hyper_optimizer.param_groups
     assert (group["lr"], group["alpha"]) == pytest.approx(settings)
     assert stn._tuner.cadence.warmup_steps == (100 if total_steps is None else total_steps // 20)
+
+
+class Stream(IterableDataset):
+    """Examples of which nobody knows how many there are."""
+
+    def __iter__(self):
+        return iter(examples(8))
+
+
+def test_epochs_say_the_length_of_the_run_by_the_loader():
+    """``batches`` has 40 examples in batches of 8."""
+    known, told = (
+        convert(perceptron(), [WeightDecay()], warmup_steps=None, train_steps=5, **length)
+        for length in ({"total_steps": 2_000}, {"epochs": 400})
+    )
+    assert told._tuner.cadence == known._tuner.cadence
+    found, expected = (stn._tuner.hyper_optimizer.param_groups[0]["lr"] for stn in (told, known))
+    assert found == expected != 0.01
+    stream = DataLoader(Stream(), batch_size=8)
+    with pytest.raises(UsageError, match="`epochs` needs a `train_loader` whose length is known"):
+        convert(perceptron(), [WeightDecay()], train_loader=stream, epochs=3)
 
 
 def test_lists_of_pictures_are_cut_to_the_first_ones():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import batches, perceptron, train
+from cases import batches, convert, perceptron, train
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 
@@ -152,6 +152,20 @@ def test_it_follows_the_general_rate_relative_to_the_highest():
     assert found == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.1])
 
 
+def test_weights_that_may_not_move_have_no_response():
+    """A rate of nought is followed too, until it is no longer nought."""
+    model = perceptron()
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
+    stn = convert(model, [DROPOUT], SGD(groups, 0.1), response_optimizer=adam)
+    train(*stn, 3)
+    gates = {name: response.gate for name, response in stn.model.weight_responses().items()}
+    assert not gates["0.weight"].any()
+    assert gates["2.weight"].any()
+    stn.optimizer.base.param_groups[0]["lr"] = 0.1
+    train(*stn, 3)
+    assert gates["0.weight"].any()
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_schedulers_may_be_built_on_either_optimizer(wrapped):
     stn = converted()
@@ -170,7 +184,7 @@ def test_one_cycle_ends_near_nothing():
 def test_a_learning_rate_of_zero_is_no_reason_to_divide_by_it():
     stn = converted(lr=0.0)
     train(*stn, 2)
-    assert response_rate(stn) == 3e-3
+    assert response_rate(stn) == 0.0
 
 
 def test_any_optimizer_can_be_given():

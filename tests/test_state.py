@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 import stnify
 from stnify import Dropout, History, Hyperparameter, UsageError, WeightDecay
+from stnify.response_optimizer import adam
 from stnify.testing import assert_tangent_matches_differences
 
 STEPS = 9
@@ -316,6 +317,9 @@ def test_a_state_of_another_model_or_range_is_refused_and_nothing_is_loaded():
             perceptron(), [WeightDecay()], response="gate"
         ),
         r"\(name, low, high\)": convert(perceptron(), [WeightDecay(range=(0.0, 1.0))]),
+        r"those of \['SGD', 'SGD'\] .*this run \['SGD', 'Adam'\]": convert(
+            perceptron(), [WeightDecay()], response_optimizer=adam
+        ),
     }
     for message, other in others.items():
         before = stored(other.state_dict())
