@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import stnify
-from stnify import Hyperparameter, WeightDecay
+from stnify import Hyperparameter, WeightDecay, presets
 from stnify.space import Column, HyperparameterSpace
 
 LINEAR = (-math.inf, math.inf)
@@ -27,10 +27,15 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(params=[False, True], ids=["paper", "antithetic"])
+@pytest.fixture(params=["paper", "antithetic"])
 def settings(request) -> dict[str, bool | float]:
-    """Settings of the response step: the papers', and opposite perturbations."""
-    return {"antithetic": request.param, "response_fraction": 1.0, "response_every": 1}
+    """Settings of the response step: the papers', and the same with opposite perturbations.
+
+    Its learning rate is left to the tests: theirs converge whatever the perturbation scale.
+    """
+    paper = presets.paper()
+    chosen = {k: paper[k] for k in ("antithetic", "response_fraction", "response_every")}
+    return chosen if request.param == "paper" else {**chosen, "antithetic": True}
 
 
 @pytest.fixture(scope="module")
@@ -410,3 +415,27 @@ def test_the_hypergradient_is_the_implicit_one_with_its_own_draws(diabetes, sett
     # Noise of the order of the scale, from the draws of the response and the validation steps.
     assert relative_error(found, expected) < 0.01
     assert torch.cosine_similarity(found, expected.flip(0), dim=0) < 0.99
+
+
+@pytest.mark.parametrize("preset", [presets.paper, dict], ids=["paper", "default"])
+def test_the_hypergradient_points_the_implicit_way_by_the_settings_as_they_are(diabetes, preset):
+    """Nothing is narrowed: sigma is one, a factor of e in each decay."""
+    training, validation = split_tasks(diabetes)
+    model = Tasks(8, TASKS)
+    stn = stnify.stnify(
+        model,
+        [WeightDecay(init=1.0, per_layer=True)],
+        optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
+        criterion=half_mean_square,
+        seed=0,
+        **{**preset(), "hyper_optimizer": lambda parameters: torch.optim.SGD(parameters, 0.0)},
+    )
+    stn.hyperparameters.set_values(dict(zip(stn.values(), DECAYS, strict=True)))
+    assert set(stn.scales().values()) == {1.0}
+    train(stn, training, 1500, anneal=True)
+    found = hypergradient(stn, validation, 50)
+    expected = implicit_hypergradient(training, validation, EXPONENTIAL)
+    # The response is a secant over a factor of e, so the gradient is of a smoothed loss.
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.98
+    assert 0.6 < float(found.norm() / expected.norm()) < 1.0
+    assert torch.cosine_similarity(found, expected.flip(0), dim=0) < 0.9
