@@ -229,6 +229,7 @@ class HyperparameterSpace(nn.Module):
                 "init": c.init,
                 "range": [_json_end(end) for end in c.range],
                 "scale": scales[c.name],
+                "follows": c.follows,
                 "per_example": c.per_example,
                 "kind": c.kind,
             }
@@ -253,7 +254,7 @@ class HyperparameterSpace(nn.Module):
                     -math.inf if entry["range"][0] is None else entry["range"][0],
                     math.inf if entry["range"][1] is None else entry["range"][1],
                 ),
-                scale=entry["scale"],
+                scale=None if entry["follows"] else entry["scale"],
                 per_example=entry["per_example"],
                 kind=entry["kind"],
             )

@@ -270,6 +270,15 @@ def test_json_brings_the_space_back(drawn):
         assert dataclasses.replace(one, scale=0.0) == dataclasses.replace(other, scale=0.0)
 
 
+def test_json_keeps_that_sigma_follows_the_value():
+    held = space(column("rate", 0.3, (0.0, 1.0), None), column("held", 0.3, (0.0, 1.0), 1.0))
+    again = HyperparameterSpace.from_json(held.to_json(), torch.float64)
+    for each in (held, again):
+        each.set_values({"rate": 0.01, "held": 0.01})
+    assert again.scales() == pytest.approx(held.scales(), rel=1e-9)
+    assert again.scales() == pytest.approx({"rate": 2.0, "held": 1.0}, rel=1e-9)
+
+
 def test_json_is_readable_by_others():
     text = space(column("free", 1.0, (0.0, math.inf))).to_json()
     (entry,) = json.loads(text, parse_constant=pytest.fail)["hyperparameters"]
