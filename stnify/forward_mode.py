@@ -23,6 +23,7 @@ from stnify.composites import (
     pack,
     pad,
 )
+from stnify.constants import ADD, CONSTANT_RULES, MULTIPLY
 
 
 def _batch_norm(
@@ -204,7 +205,8 @@ def _scaled_dot_product_attention(
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (side.repeat_interleave(repeats, dim=-3) for side in (key, value))
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = MULTIPLY(query, factor) @ key.transpose(-2, -1)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     weights = scores.softmax(-1) if attn_mask is None else _masked_softmax(scores, attn_mask)
@@ -218,7 +220,7 @@ def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     blocked = mask.logical_not() if mask.dtype is torch.bool else mask == float("-inf")
     nowhere = blocked.all(-1, keepdim=True)
     if mask.dtype is not torch.bool:
-        scores = scores + mask.masked_fill(blocked, 0.0)
+        scores = ADD(scores, mask.masked_fill(blocked, 0.0))
     scores = scores.masked_fill(blocked & ~nowhere, float("-inf"))
     return scores.softmax(-1).masked_fill(nowhere, 0.0)
 
@@ -425,8 +427,11 @@ class ForwardModeRules(TorchFunctionMode):
         """Call the decomposition of ``func`` if there is one."""
         if func is torch.autograd.grad:
             _refuse_derivative(*args, **(kwargs or {}))
-        if not torch.compiler.is_compiling() and _is_custom(func):
-            return _custom(func, *args, **(kwargs or {}))
+        if not torch.compiler.is_compiling():
+            if func in CONSTANT_RULES:
+                return CONSTANT_RULES[func](*args, **(kwargs or {}))
+            if _is_custom(func):
+                return _custom(func, *args, **(kwargs or {}))
         if func in PRODUCTS and any(map(_is_sparse, args)):
             return _sparse_product(func, *args)
         rule = MET_OPERATORS.get(func) or FORWARD_MODE_RULES.get(func, func)

@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": set(),
     "shadow": set(),
     "swap": {"calls", "checkpoints", "layers", "shadow", "untouched"},
-    "forward_mode": {"composites"},
+    "constants": set(),
+    "forward_mode": {"composites", "constants"},
     # Stages, in the order data flows through them.
     "declare": {"errors"},
     "presets": {"declare"},
@@ -201,7 +202,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 ONLY_IN = {
     "torch.fx": {"trace", "planning", "rewrite", "testing"},
-    "torch.autograd.forward_ad": {"linearize", "layers", "forward_mode", "testing"},
+    "torch.autograd.forward_ad": {
+        "constants",
+        "forward_mode",
+        "layers",
+        "linearize",
+        "testing",
+    },
     "matplotlib": {"schedule"},
     "hypothesis": {"testing"},
 }
