@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 
@@ -240,12 +241,18 @@ def cosine(one: Sequence[float], other: Sequence[float]) -> float:
     return round(float(torch.cosine_similarity(*pair, dim=0)), 3)
 
 
-def signs(estimate: Sequence[float], truth: Mapping[str, Sequence[float]]) -> tuple[int, int]:
-    """Return how many signs agree, of those whose truth is two standard errors from zero."""
+def signs(
+    estimate: Sequence[float], truth: Mapping[str, Sequence[float]], seeds: int
+) -> tuple[int, int]:
+    """Return how many signs agree, of those that are known from so many seeds of retraining.
+
+    That is where zero is outside of Student's 95 % interval.
+    """
+    limit = float(student.ppf(0.975, seeds - 1))
     known = [
         (value > 0) == (mean > 0)
         for value, mean, error in zip(estimate, truth["mean"], truth["error"], strict=True)
-        if abs(mean) > 2 * error
+        if abs(mean) > limit * error
     ]
     return sum(known), len(known)
 
@@ -266,13 +273,13 @@ def horizon(estimate: Sequence[float], implicit: Mapping[str, Mapping[str, Any]]
     return math.inf
 
 
-def compared(point: Mapping[str, Any], estimate: Mapping[str, Any]) -> dict[str, Any]:
+def compared(point: Mapping[str, Any], estimate: Mapping[str, Any], seeds: int) -> dict[str, Any]:
     """Return how an estimate stands to every truth of a point."""
     mean, truths = estimate["mean"], point["retraining"]
     ratios = zip(mean, estimate["std"], strict=True)
     return {
         "cosine": {n: cosine(mean, t["mean"]) for n, t in (truths | point["implicit"]).items()},
-        "signs": {name: signs(mean, truth) for name, truth in truths.items()},
+        "signs": {name: signs(mean, truth, seeds) for name, truth in truths.items()},
         "signal_to_noise": [float(f"{abs(m) / max(s, 1e-30):.3g}") for m, s in ratios],
         "horizon": horizon(mean, point["implicit"]),
     }
@@ -399,7 +406,7 @@ def judge_start(
                     f"differ at step {point['step']}: the truth on file is of others. Take it "
                     f"again with --afresh, unless the method changes how weights are trained."
                 )
-            estimate["compared"] = compared(point, estimate)
+            estimate["compared"] = compared(point, estimate, problem.seeds)
         record["estimates"][name] = {"circumstances": origin, "points": found}
         save()
 

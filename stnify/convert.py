@@ -111,7 +111,8 @@ def stnify(
         antithetic: Whether the response step takes each of these examples twice, with opposite
             perturbations under the same noise, at twice the cost; None where a decay is tuned,
             whose effect is small beside the noise that a pair cancels.
-        response_every: Training steps for each response step.
+        response_every: Training steps for each response step. Shuffle: of batches in a fixed order
+            the response may see the same ones each time.
         train_steps: Training steps between validation steps.
         valid_steps: Validation steps each time.
         warmup_steps: Training steps before hyperparameters move; a twentieth of ``total_steps`` if
@@ -120,7 +121,7 @@ def stnify(
             Where it is not known, that size is the papers', for runs of 100,000 steps.
         epochs: The same in passes over ``train_loader``, with one training step for each batch.
         scale: Initial perturbation scale sigma, unconstrained units. None lets it follow the value
-            where the range has two ends, so that it reaches a fifth of the range; else it is 1.
+            where the range has two ends: a fifth of the range, but 2 at most; else it is 1.
         tune_scale: Whether sigma moves by its gradient, where it does not follow the value.
         entropy_weight: tau, which keeps sigma from collapsing.
         hyper_optimizer: ``[lambda, sigma] -> optimizer``; RMSprop by default, learning rate 0.01,

@@ -62,7 +62,8 @@ def paper() -> dict[str, Any]:
 
     A response step after every general step, with the same kind of optimizer and the same learning
     rate; sigma has its own gradient; lambda moves by RMSprop with learning rate 0.01. They are made
-    for runs of 100,000 steps.
+    for runs of 100,000 steps. The papers' warm-up, five epochs, depends on the data: say it by
+    ``warmup_steps``.
 
     Example:
         ``stnify(model, hparams, optimizer=optimizer, ..., **presets.paper())``

@@ -62,7 +62,7 @@ class Column:
 
 
 SPREAD = 0.2
-"""How far one sigma reaches, as a part of the range, where sigma follows the value."""
+"""How far one sigma reaches, as a part of the range, where sigma follows the value and may."""
 
 FOLLOWING = (0.5, 2.0)
 """Smallest and largest sigma that follows a value, unconstrained units."""
@@ -140,7 +140,7 @@ class HyperparameterSpace(nn.Module):
 
     @torch.no_grad()
     def follow_values(self) -> None:
-        """Set each sigma that follows its value, so that it reaches as far anywhere in the range.
+        """Set each sigma that follows its value, so that it widens towards the ends of the range.
 
         Near an end of the range a sigma of one hardly moves the value: what a response is learned
         from there drowns in noise. Sigma is a fifth of the range, in unconstrained units:

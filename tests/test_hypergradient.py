@@ -349,7 +349,7 @@ def point_of(expected: Tensor) -> dict:
 def test_the_verdict_tells_a_right_estimate_from_one_of_the_wrong_sign(expected):
     def verdict(sign: float) -> dict:
         estimate = {"mean": (sign * expected).tolist(), "std": expected.abs().tolist()}
-        return hypergradient.compared(point_of(expected), estimate)
+        return hypergradient.compared(point_of(expected), estimate, seeds=4)
 
     right, wrong = verdict(1.0), verdict(-1.0)
     assert right["cosine"]["retrained 10"] == 1.0
@@ -358,6 +358,14 @@ def test_the_verdict_tells_a_right_estimate_from_one_of_the_wrong_sign(expected)
     assert wrong["signs"]["retrained 10"] == (0, 3)
     assert right["signs"]["drift 10"] == (0, 0), "no sign of the truth is known"
     assert right["signal_to_noise"] == wrong["signal_to_noise"] == [1.0, 1.0, 1.0]
+
+
+def test_a_sign_from_few_seeds_is_known_only_far_from_zero():
+    """Student's interval from four seeds reaches 3.18 standard errors, from two 12.7."""
+    truth = {"mean": [3.1, 3.3, 12.8], "error": [1.0, 1.0, 1.0]}
+    estimate = [1.0, 1.0, 1.0]
+    assert hypergradient.signs(estimate, truth, seeds=4) == (2, 2)
+    assert hypergradient.signs(estimate, truth, seeds=2) == (1, 1)
 
 
 @pytest.mark.parametrize(
