@@ -185,13 +185,14 @@ class STN:
         Costs about ``2 * draws`` plain training steps and changes nothing. Print the result.
 
         Raises:
-            UsageError: There is no optimizer, or there were too few validation steps.
+            UsageError: There is no optimizer, the method does not tune, or there were too few
+                validation steps.
 
         Example:
             ``print(stn.diagnose())`` once an epoch.
         """
-        if draws < 2:
-            raise UsageError(f"`draws >= 2` must hold, but got draws={draws}.")
+        if not isinstance(draws, int) or draws < 2:
+            raise UsageError(f"`draws` must be an integer of at least 2, but got {draws!r}.")
         return diagnose(self._tuner, self._require_optimizer().base, draws)
 
     def freeze(self) -> None:

@@ -41,7 +41,8 @@ class Diagnosis:
             errors, which single steps cannot show.
         horizon: Training steps for which the response answers: how many steps at the current
             learning rate, each with its immediate effect, would change the validation loss as much.
-            NaN if it is not known how far a step of the optimizer goes, see ``STEP_SIZES``.
+            NaN if it is not known how far a step of the optimizer goes, see ``STEP_SIZES``, or the
+            loss of the last batch was not finite; infinite if a step has no effect.
         horizon_error: Its standard error.
     """
 
@@ -65,7 +66,7 @@ class Diagnosis:
             known = "" if sure > SURE else "  direction not known"
             lines.append(f"{name:{width}}  {gradient:+8.1e}  {noise:12.2f}  {sure:9.2f}{known}")
         ahead = (
-            "how far ahead the response looks is not known for this optimizer"
+            "how far ahead the response looks is not known"
             if math.isnan(self.horizon)
             else f"the response looks about {self.horizon:.3g} training steps ahead "
             f"(standard error {self.horizon_error:.2g})"
@@ -86,8 +87,11 @@ def diagnose(tuner: Tuner, optimizer: Optimizer, draws: int) -> Diagnosis:
         draws: Perturbations the horizon is estimated from.
 
     Raises:
-        UsageError: There were too few validation steps, or no training batch is at hand.
+        UsageError: The method does not tune, there were too few validation steps, or no training
+            batch is at hand.
     """
+    if not tuner.method.tunes:
+        raise UsageError('method="fixed" does not tune: there is no hypergradient to diagnose.')
     if len(tuner.recent) < 2 * BLOCKS:
         raise UsageError(
             f"a diagnosis needs {2 * BLOCKS} validation steps, but there were "
@@ -134,10 +138,17 @@ def _horizon(
     if length == 0:
         return 0.0, 0.0
     epsilon = scale * (scale * gradient / length)
-    with _untouched(tuner), tuner.stream.active(), torch.enable_grad():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _untouched(tuner),
+        tuner.stream.active(),
+    ):
         slopes = _validation_slopes(tuner, optimizer)
         if slopes is None:
             return math.nan, math.nan
+        if not slopes:
+            return math.inf, math.inf
         effects = torch.stack([_effect(tuner, slopes, epsilon) for _ in range(draws)])
     mean, error = float(effects.mean()), float(effects.std()) / math.sqrt(draws)
     if mean == 0:
@@ -153,6 +164,8 @@ def _validation_slopes(tuner: Tuner, optimizer: Optimizer) -> dict[nn.Parameter,
     """
     model = tuner.model
     trained = [p for p in model._stnify.general_parameters().values() if p.requires_grad]
+    if not trained:
+        return {}
     with evaluating(model):
         loss = tuner.objective.validation(model, to_device(tuner.latest_validation, model))
     found = torch.autograd.grad(loss, trained, allow_unused=True)

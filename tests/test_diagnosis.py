@@ -277,7 +277,21 @@ def test_of_other_optimizers_the_horizon_is_not_known(name):
     found = stn.diagnose(draws=2)
     assert math.isnan(found.horizon)
     assert math.isfinite(found.certainty["dropout"])
-    assert "how far ahead the response looks is not known for this optimizer" in str(found)
+    assert "how far ahead the response looks is not known" in str(found)
+
+
+def test_it_can_be_asked_for_wherever_the_run_stands():
+    model = perceptron()
+    stn = convert(model, [DROPOUT])
+    train(*stn, 9, criterion=stn.criterion)
+    with torch.inference_mode():
+        assert math.isfinite(stn.diagnose(draws=2).horizon)
+    model.requires_grad_(False)
+    assert stn.diagnose(draws=2).horizon == math.inf
+    model.requires_grad_(True)
+    with pytest.warns(UserWarning, match="skipped: its loss"):
+        stn.step((torch.full((8, 6), math.nan), torch.zeros(8, dtype=torch.long)))
+    assert math.isnan(stn.diagnose(draws=2).horizon)
 
 
 def test_a_diagnosis_needs_steps_to_look_back_on():
@@ -285,8 +299,13 @@ def test_a_diagnosis_needs_steps_to_look_back_on():
     train(*stn, 3, criterion=stn.criterion)
     with pytest.raises(UsageError, match="needs 8 validation steps, but there were 3"):
         stn.diagnose()
-    with pytest.raises(UsageError, match="`draws >= 2` must hold, but got draws=1"):
-        stn.diagnose(draws=1)
+    for draws in (1, 2.5, "8"):
+        with pytest.raises(UsageError, match=f"`draws` must be an integer .* but got {draws!r}"):
+            stn.diagnose(draws=draws)
+    fixed = convert(perceptron(), [DROPOUT], method="fixed")
+    train(*fixed, 9, criterion=fixed.criterion)
+    with pytest.raises(UsageError, match="does not tune: there is no hypergradient to diagnose"):
+        fixed.diagnose()
 
 
 def test_a_diagnosis_in_eval_mode_leaves_every_module_there():
