@@ -48,6 +48,16 @@ def test_bars_are_held_against_the_defaults_alone(rows):
     }
 
 
+def test_a_task_is_better_by_the_median_of_its_starts():
+    table = [
+        {"task": task, "method": "default", "start": start, "validation": validation}
+        for task, found in {"won": (0.9, 0.99, 3.0), "lost": (0.5, 1.0, 1.01)}.items()
+        for start, validation in zip(("low", "middle", "high"), found, strict=True)
+    ]
+    assert short_budget.better(table) == ["won"]
+    assert short_budget.better(table, "paper") == []
+
+
 def test_searched_strengths_become_values_of_their_own_declaration():
     strengths = {"dropout.1": 0.2, "dropout.3": 0.4, "weight_decay.0": 0.5}
     values = short_budget._values(tasks.TASKS["concrete"], strengths)
