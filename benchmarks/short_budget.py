@@ -207,7 +207,8 @@ def better(table: Sequence[Row], method: str = "default") -> list[str]:
     """Return the tasks on which ``method``, by its median start, is better than the grid's best."""
     ratios: dict[str, list[float]] = {}
     for r in chosen(table, method=method):
-        ratios.setdefault(r["task"], []).append(r["validation"])
+        if "validation" in r:  # there is a grid to compare with
+            ratios.setdefault(r["task"], []).append(r["validation"])
     return sorted(task for task, found in ratios.items() if median(found) < 1)
 
 
