@@ -76,6 +76,7 @@ def test_every_method_makes_its_rows_and_none_is_made_twice(tmp_path, monkeypatc
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     path = tmp_path / "rows.json"
     arguments = ["--data", ".", "--tasks", "digits", "--seeds", "1", "--out", str(path)]
+    arguments += ["--methods", *short_budget.USUAL, "paper", "random", "tpe"]
     short_budget.main(arguments)
     report = json.loads(path.read_text())
     found = {(r["method"], r["start"]) for r in report["rows"]}
