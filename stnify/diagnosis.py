@@ -1,10 +1,9 @@
 """7c. Whether the hypergradient can be trusted: how sure its sign is, how far ahead it looks."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from stnify.errors import UsageError
 from stnify.step import to_device
+from stnify.step_sizes import step_sizes
 from stnify.tunable import evaluating
 from stnify.tuner import Tuner
 from stnify.untouched import state_restored
@@ -41,9 +41,10 @@ class Diagnosis:
             errors, which single steps cannot show.
         horizon: Training steps for which the response answers: how many steps at the current
             learning rate, each with its immediate effect, would change the validation loss as much.
-            NaN if it is not known how far a step of the optimizer goes, see ``STEP_SIZES``, or the
+            NaN if it is not known how far a step of the optimizer goes, see ``step_sizes``, or the
             loss of the last batch was not finite; infinite if a step has no effect.
-        horizon_error: Its standard error.
+            Negative if what lies ahead has the other sign.
+        horizon_error: Its standard error over noise; the last batches are given.
     """
 
     steps: int
@@ -84,7 +85,7 @@ def diagnose(tuner: Tuner, optimizer: Optimizer, draws: int) -> Diagnosis:
     Args:
         tuner: After a few validation steps.
         optimizer: Of the general parameters.
-        draws: Perturbations the horizon is estimated from.
+        draws: How often a step's effect is taken, with fresh noise each time.
 
     Raises:
         UsageError: The method does not tune, there were too few validation steps, or no training
@@ -177,83 +178,6 @@ def _validation_slopes(tuner: Tuner, optimizer: Optimizer) -> dict[nn.Parameter,
         if slope is not None:
             slopes[parameter] = size * slope
     return slopes
-
-
-def step_sizes(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | float | None:
-    """Return how far a constant small change of the gradient moves ``parameter`` in one step.
-
-    That is the learning rate over one minus the momentum, and over the root of the running mean
-    square of the gradients for optimizers that keep one; nought for a parameter that the optimizer
-    does not move, None for optimizers that are not among ``STEP_SIZES``.
-    """
-    rule = next((STEP_SIZES[kind] for kind in type(optimizer).__mro__ if kind in STEP_SIZES), None)
-    if rule is None:
-        return None
-    for group in optimizer.param_groups:
-        if any(member is parameter for member in group["params"]):
-            return rule(group, optimizer.state.get(parameter, {}))
-    return 0.0
-
-
-Settings = Mapping[str, Any]
-State = Mapping[str, Any]
-
-
-def _of_sgd(group: Settings, state: State) -> float:
-    momentum = group["momentum"]
-    kept = 1 - group["dampening"] if momentum else 1.0
-    return float(group["lr"]) * kept / (1 - momentum)
-
-
-def _of_adam(group: Settings, state: State) -> Tensor | float:
-    if not state:
-        return 0.0
-    square = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-    square = square / (1 - group["betas"][1] ** float(state["step"]))
-    size: Tensor = float(group["lr"]) / (square.sqrt() + group["eps"])
-    return size
-
-
-def _of_adamax(group: Settings, state: State) -> Tensor | float:
-    return float(group["lr"]) / state["exp_inf"] if state else 0.0
-
-
-def _of_rmsprop(group: Settings, state: State) -> Tensor | float:
-    if not state:
-        return 0.0
-    square = state["square_avg"]
-    if group["centered"]:
-        square = square - state["grad_avg"].square()
-    rate = float(group["lr"]) / (1 - group["momentum"])
-    size: Tensor = rate / (square.sqrt() + group["eps"])
-    return size
-
-
-def _of_adagrad(group: Settings, state: State) -> Tensor:
-    rate = float(group["lr"]) / (1 + (float(state["step"]) - 1) * group["lr_decay"])
-    size: Tensor = rate / (state["sum"].sqrt() + group["eps"])
-    return size
-
-
-def _of_adadelta(group: Settings, state: State) -> Tensor | float:
-    if not state:
-        return 0.0
-    ratio = (state["acc_delta"] + group["eps"]) / (state["square_avg"] + group["eps"])
-    size: Tensor = float(group["lr"]) * ratio.sqrt()
-    return size
-
-
-STEP_SIZES: dict[type[Optimizer], Callable[[Settings, State], Tensor | float]] = {
-    torch.optim.SGD: _of_sgd,
-    torch.optim.Adam: _of_adam,
-    torch.optim.AdamW: _of_adam,
-    torch.optim.NAdam: _of_adam,
-    torch.optim.Adamax: _of_adamax,
-    torch.optim.RMSprop: _of_rmsprop,
-    torch.optim.Adagrad: _of_adagrad,
-    torch.optim.Adadelta: _of_adadelta,
-}
-"""Kind of optimizer to its step sizes, from a param group and what it keeps of a parameter."""
 
 
 def _effect(tuner: Tuner, slopes: dict[nn.Parameter, Tensor], epsilon: Tensor) -> Tensor:

@@ -92,10 +92,9 @@ class SwappedModule(nn.Module):
     ) -> Any:
         """Call the module with ``args`` and ``kwargs`` under this perturbation."""
         run: _Run = self.__dict__["_run"]
-        call = (run, args, kwargs, response_input, constrained, linearized)
-        if torch.compiler.is_compiling() and _computes_weights(run):
-            return _eagerly(*call)
-        return _called(*call)
+        eager = torch.compiler.is_compiling() and _computes_weights(run)
+        call = _eagerly if eager else _called
+        return call(run, args, kwargs, response_input, constrained, linearized)
 
 
 class SwappedFunction(nn.Module):

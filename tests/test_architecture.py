@@ -136,7 +136,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "uncentred",
         "verify",
     },
-    "diagnosis": {"errors", "step", "tunable", "tuner", "untouched"},
+    "step_sizes": set(),
+    "diagnosis": {"errors", "step", "step_sizes", "tunable", "tuner", "untouched"},
     "export": {"errors", "tunable"},
     "bundle": {
         "diagnosis",

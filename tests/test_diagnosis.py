@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
 
 from stnify import Dropout, Hyperparameter, UsageError, WeightDecay, stnify
-from stnify.diagnosis import SURE, step_sizes
+from stnify.diagnosis import SURE
+from stnify.step_sizes import step_sizes
 
 DROPOUT = Dropout(after="1", init=0.3)
 
