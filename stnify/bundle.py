@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ class STN:
         Example:
             ``print(stn.diagnose())`` once an epoch.
         """
-        if not isinstance(draws, int) or draws < 2:
+        if not isinstance(draws, Integral) or draws < 2:
             raise UsageError(f"`draws` must be an integer of at least 2, but got {draws!r}.")
         return diagnose(self._tuner, self._require_optimizer().base, draws)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ def refuse_arguments(
     if response not in {"full", "gate"}:
         raise UsageError(f"`response` must be 'full' or 'gate', but got {response!r}.")
     for name, value in (("scale", scale), ("response_lr", response_lr)):
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+        if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
             raise UsageError(f"`0 < {name} < inf` must hold, but got {name}={value!r}.")
 
 
