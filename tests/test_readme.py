@@ -129,6 +129,11 @@ def count_rows(report):
         yield f"| {result['hyperparameters']:,} | {result['ratio']['median']:.2f} |"
 
 
+def task_cost_rows(report):
+    for result in report["results"]:
+        yield f"| {result['task']} | {result['ratio']['median']:.2f} |"
+
+
 def augmentation_rows(report):
     for result in report["results"]:
         ratios = [
@@ -182,6 +187,7 @@ def conversion_rows(report):
     ("name", "rows_of"),
     [
         ("hyperparameter_count_cpu", count_rows),
+        ("task_cost_cpu", task_cost_rows),
         ("augmentations_cpu", augmentation_rows),
         ("conversion_time", conversion_rows),
         ("short_budget", short_budget_rows),
