@@ -23,8 +23,7 @@ SURE = 4.0
 """Standard errors from zero beyond which the sign of a gradient counts as known.
 
 Two would be too few: an error taken from four blocks is itself uncertain, and what the response has
-wrong outlasts a block. Of hyperparameters without any effect nearly half exceed two, one in twelve
-four.
+wrong outlasts a block. Hyperparameters without any effect often exceed two, and seldom four.
 """
 
 
