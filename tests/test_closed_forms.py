@@ -432,7 +432,7 @@ def test_the_hypergradient_points_the_implicit_way_by_the_settings_as_they_are(d
     )
     stn.hyperparameters.set_values(dict(zip(stn.values(), DECAYS, strict=True)))
     assert set(stn.scales().values()) == {1.0}
-    train(stn, training, 900, anneal=True)
+    train(stn, training, 600, anneal=True)
     found = hypergradient(stn, validation, 50)
     expected = implicit_hypergradient(training, validation, EXPONENTIAL)
     # The response is a secant over a factor of e, so the gradient is of a smoothed loss.

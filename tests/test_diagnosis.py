@@ -202,14 +202,13 @@ def test_noise_is_not_taken_for_a_direction():
     """Without any effect of the hyperparameter, the gradient's sign is chance."""
     idle = Hyperparameter("idle", 0.5, (0.0, 1.0), penalty=lambda model, batch, value: 0.0 * value)
     certainties = []
-    for seed in range(12):
+    for seed in range(6):
         torch.manual_seed(seed)
         found = convert(perceptron(), [idle], hyper_optimizer=lambda p: SGD(p, 0.0), train_steps=2)
         train(*found, 128, criterion=found.criterion)
         certainties.append(found.diagnose(draws=2).certainty["idle"])
-    # Of twelve runs one or so; four or more in one of a hundred times.
-    assert sum(certainty > SURE for certainty in certainties) < 4
-    assert max(certainties) > 2, "the chance that none of twelve would be is one in a thousand"
+    assert sum(certainty > SURE for certainty in certainties) < 3, "mostly none or one"
+    assert max(certainties) > 2, "which would be too few"
 
 
 def test_the_table_says_which_directions_are_not_known():
