@@ -350,11 +350,12 @@ REGISTERED = (OpOverloadPacket, OpOverload)
 """Types of operators, PyTorch's own among them."""
 
 
-def _is_custom(func: Callable[..., Any]) -> bool:
-    """Whether a function is an operator that another library has registered."""
-    return isinstance(func, REGISTERED) and not _operator(func).startswith(
-        ("aten::", "prim::", "prims::")
-    )
+def _registered(func: Callable[..., Any], compiling: bool) -> Callable[..., Any]:
+    """Return what takes the place of an operator: of another library's, its rule or a check."""
+    if compiling:
+        return MET_OPERATORS.get(func, func)
+    own = _operator(func).startswith(("aten::", "prim::", "prims::"))
+    return func if own else partial(_custom, func)
 
 
 def _operator(func: Any) -> str:
@@ -425,14 +426,19 @@ class ForwardModeRules(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call the decomposition of ``func`` if there is one."""
-        if func is torch.autograd.grad:
-            _refuse_derivative(*args, **(kwargs or {}))
-        if not torch.compiler.is_compiling():
-            if func in CONSTANT_RULES:
-                return CONSTANT_RULES[func](*args, **(kwargs or {}))
-            if _is_custom(func):
-                return _custom(func, *args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        compiling = torch.compiler.is_compiling()
+        rule = (FORWARD_MODE_RULES if compiling else _EAGER_RULES).get(func)
+        if rule is not None:
+            return rule(*args, **kwargs)
+        if isinstance(func, REGISTERED):
+            return _registered(func, compiling)(*args, **kwargs)
         if func in PRODUCTS and any(map(_is_sparse, args)):
             return _sparse_product(func, *args)
-        rule = MET_OPERATORS.get(func) or FORWARD_MODE_RULES.get(func, func)
-        return rule(*args, **(kwargs or {}))
+        if func is torch.autograd.grad:
+            _refuse_derivative(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+_EAGER_RULES = {**FORWARD_MODE_RULES, **CONSTANT_RULES}
+"""Rules where nothing is compiled: one look for each operator, of which there are many."""

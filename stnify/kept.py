@@ -55,12 +55,18 @@ def holders(values: Iterable[Any]) -> Iterator[Any]:
 def _unpacked(values: Iterable[Any]) -> Iterator[Any]:
     """Yield values; of a tuple what is in it, and of a generator's method the generator."""
     for value in values:
-        if isinstance(value, tuple):
+        if type(value) in PASSIVE:
+            yield value
+        elif isinstance(value, tuple):
             yield from _unpacked(value)
-        elif isinstance(value, MethodType | BuiltinMethodType) and _generator(value.__self__):
+        elif isinstance(value, METHODS) and _generator(value.__self__):
             yield value.__self__
         else:
             yield value
+
+
+METHODS = (MethodType, BuiltinMethodType)
+"""Of objects written in Python or in C."""
 
 
 def kept_tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -238,8 +238,7 @@ class Tunables(nn.Module):
 
     def response_parameters(self) -> dict[str, nn.Parameter]:
         """Return Theta, by name."""
-        prefix = f"{PREFIX}.layers."
-        return {n: p for n, p in self.graph.named_parameters() if n.startswith(prefix)}
+        return dict(self.layers.named_parameters(f"{PREFIX}.layers"))
 
     def layer_of(self) -> dict[str, str]:
         """Return the name of the hyper layer of each call in the plan, by the call's node."""
