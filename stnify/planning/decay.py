@@ -134,8 +134,9 @@ def _no_decay(model: nn.Module) -> set[str]:
     """Return the parameters that a module says are not to be decayed, by all their names."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     found: set[str] = set()
-    for path, module in model.named_modules():
-        globs, prefix = _listed(module), f"{path}." if path else ""
+    asking = [(path, globs) for path, m in model.named_modules() if (globs := _listed(m))]
+    for path, globs in asking:
+        prefix = f"{path}." if path else ""
         inside = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
         found |= {n for n, own in inside.items() if any(fnmatchcase(own, g) for g in globs)}
     return found

@@ -189,7 +189,8 @@ class SiteTracer(fx.Tracer):
 
     def assigned(self) -> list[tuple[fx.Proxy, str]]:
         """Return the tensors on which code has set an attribute, such as ``weight.data``."""
-        return [(p, name) for p in self.proxies for name in vars(p).keys() - _PROXY]
+        more = [proxy for proxy in self.proxies if len(vars(proxy)) > len(_PLAIN)]
+        return [(proxy, name) for proxy in more for name in vars(proxy).keys() - _PROXY]
 
     def refuse_assignments(self, before: int = 0) -> None:
         """Raise if code has set attributes of more tensors than ``before``."""
@@ -307,7 +308,10 @@ OLD_SPECTRAL_NORM = (
     "use torch.nn.utils.parametrizations.spectral_norm)"
 )
 
-_PROXY = {"node", "tracer", "param", "name"}
+_PLAIN = {"node", "tracer"}
+"""Attributes of every proxy."""
+
+_PROXY = _PLAIN | {"param", "name"}
 """Attributes of a proxy that are fx's own."""
 
 
