@@ -12,7 +12,6 @@ medians with quartiles.
 
 import argparse
 import importlib
-import json
 import os
 from collections.abc import Callable
 from importlib.metadata import version
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from benchmarks.step_cost import RESULTS, circumstances, seconds, spread
+from benchmarks.reports import RESULTS, circumstances, write
+from benchmarks.step_cost import seconds, spread
 from stnify.augment import Augment
 
 BATCHES = ((128, 3, 32, 32), (64, 3, 224, 224))
@@ -158,9 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
                 flush=True,
             )
     report["load_at_end"] = [round(load, 2) for load in os.getloadavg()]
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"augmentations_{device.type}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write(path, report)
     print(f"written: {path}")
 
 

@@ -6,7 +6,6 @@ Processor time, which other work on the machine disturbs less than the clock.
 """
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -19,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.step_cost import circumstances
+from benchmarks.reports import circumstances, write
 from stnify import Dropout, WeightDecay, stnify
 
 RESULTS = Path(__file__).parent / "results" / "conversion_time.json"
@@ -72,8 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     results = [measure(name, options.rounds) for name in MODELS]
     report = {**circumstances(torch.device("cpu")), "rounds": options.rounds, "results": results}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write(options.out, report)
     for result in results:
         print(result)
 

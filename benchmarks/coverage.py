@@ -42,7 +42,7 @@ from typing import Any
 import torch
 
 from benchmarks.examine import Row, examine, judged
-from benchmarks.step_cost import RESULTS, circumstances
+from benchmarks.reports import RESULTS, circumstances, write
 from benchmarks.structures import NotBuiltError, Structure, small, structures
 
 COLUMNS = (
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{number}/{len(chosen)}", _headline(row), flush=True)
     path = options.out / "coverage.json"
     found = summary(table.rows.values(), every)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    write(path, found)
     for name, left_out in found["without_activations"].items():
         print(f"no weights, multiplied without activations: {name}: {left_out}")
     print(f"written: {table.path}, {path}")

@@ -41,7 +41,7 @@ from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 
 from benchmarks.ingredients import SINGLE
-from benchmarks.step_cost import RESULTS, circumstances
+from benchmarks.reports import RESULTS, circumstances, write
 from benchmarks.tasks import Data, Task, fashion_mnist, image_mlp, mnist, momentum, three_dropouts
 from benchmarks.truth import (
     FLOWS,
@@ -424,7 +424,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
     for name in options.task:
         problem, path = PROBLEMS[name], options.out / f"hypergradient_{name}.json"
         known = path.exists() and not options.afresh
@@ -432,7 +431,7 @@ def main(arguments: list[str] | None = None) -> None:
         data = problem.task.load(options.data, 0)
 
         def save(path: Path = path, report: dict[str, Any] = report) -> None:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+            write(path, report)
 
         for start in options.starts or problem.starts:
             record = report.setdefault("starts", {}).setdefault(f"{start:g}", {})

@@ -11,7 +11,6 @@ and of the processor's time, in which other work on the machine hardly counts.
 
 import argparse
 import copy
-import json
 import os
 import time
 from pathlib import Path
@@ -22,16 +21,8 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from benchmarks.step_cost import (
-    DECAY,
-    PERIOD,
-    RESULTS,
-    TRAIN_STEPS,
-    Loop,
-    circumstances,
-    seconds,
-    spread,
-)
+from benchmarks.reports import RESULTS, circumstances, write
+from benchmarks.step_cost import DECAY, PERIOD, TRAIN_STEPS, Loop, seconds, spread
 from stnify import Hyperparameter, WeightDecay, stnify
 
 COUNTS = (1, 19, 100, 1000)  # 19 is what [DeltaSTN] tunes of a ResNet-18
@@ -153,9 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
     report["load_at_end"] = [round(load, 2) for load in os.getloadavg()]
     if device.type == "cpu":
         report["bars"] = judge(report["results"])
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"hyperparameter_count_{device.type}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write(path, report)
     print(f"written: {path}")
 
 

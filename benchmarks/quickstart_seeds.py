@@ -4,7 +4,6 @@ python -m benchmarks.quickstart_seeds
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import timm
 import torch
 
+from benchmarks.reports import write
 from recipes.quickstart import Run, load, train
 
 RESULTS = Path(__file__).parent / "results" / "quickstart_seeds.json"
@@ -55,8 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         found.append({**settings, "seeds": options.seeds, **summarise(pairs)})
         print(found[-1])
     versions = {"torch": torch.__version__, "timm": timm.__version__}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**versions, "starts": found}, indent=1) + "\n")
+    write(options.out, {**versions, "starts": found})
     print(f"written: {options.out}")
 
 

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from benchmarks.step_cost import circumstances
+from benchmarks.reports import circumstances, write
 from stnify.declare import Declaration
 from stnify.testing import converts_or_refuses
 from stnify.testing.modules import RandomModule
@@ -124,13 +124,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     report = continued(options.out, options.seed)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     before, start = report["seconds"], time.monotonic()
     numbers = range(report["blocks"], math.ceil(options.count / BLOCK))
     for block in blocks(options.seed, numbers, options.workers):
         add(report, block)
         report["seconds"] = round(before + time.monotonic() - start, 1)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        write(options.out, report)
         print(f"{report['count']}: {report['exact']} exact, {len(report['failed'])} failed")
         if time.monotonic() - start > options.time_limit:
             break

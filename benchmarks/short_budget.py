@@ -3,8 +3,9 @@
     python -m benchmarks.short_budget --data PATH --jobs 2
     python -m benchmarks.short_budget --data PATH --tasks mnist_mlp --methods grid default
 
-Every run is one row of the results, written as soon as it is there; rows that are there already are
-not run again, so it goes on where it was interrupted. Tasks are those of ``benchmarks/tasks.py``.
+Every run is one row of the results, written as soon as it is there (a search, when it ends; a
+tuned run by the defaults, with its replay); rows that are there already are not run again, so it
+goes on where it was interrupted. Tasks are those of ``benchmarks/tasks.py``.
 
 ``grid`` holds five strengths, the same for every hyperparameter. What ``SETTINGS`` names is tuned
 from a low, a middle and a high start; ``replay`` trains a plain model by the schedule that
@@ -21,13 +22,13 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import torch
 
 from benchmarks.ingredients import INGREDIENTS
-from benchmarks.step_cost import circumstances
+from benchmarks.reports import circumstances, write
 from benchmarks.tasks import TASKS, Data, Run, Task, run
 from stnify import History, presets
 from stnify.schedule import Record
@@ -63,31 +64,28 @@ def row(method: str, start: str, found: Run, **more: Any) -> Row:
     return {"method": method, "start": start, **losses, **times, "values": values, **more}
 
 
-def grid(task: Task, data: Data, seed: int) -> Iterator[Row]:
-    """Hold each strength of the grid."""
-    for strength in GRID:
-        found = run(task, data, seed, strength, {"method": "fixed"})
-        yield row("grid", str(strength), found)
+def grid(task: Task, data: Data, seed: int, start: str) -> Iterator[Row]:
+    """Hold one strength of the grid."""
+    yield row("grid", start, run(task, data, seed, float(start), {"method": "fixed"}))
 
 
-def tuned(task: Task, data: Data, seed: int, method: str) -> Iterator[Row]:
-    """Tune from each start by the settings of that name; replay what the defaults found."""
-    for start, strength in STARTS.items():
-        found = run(task, data, seed, strength, SETTINGS[method])
-        yield row(method, start, found)
-        if method == "default":
-            replayed = {"method": "fixed", "schedule": found.history}
-            yield row("replay", start, run(task, data, seed, strength, replayed))
+def tuned(task: Task, data: Data, seed: int, start: str, method: str) -> Iterator[Row]:
+    """Tune from a start by the settings of that name; replay what the defaults found."""
+    found = run(task, data, seed, STARTS[start], SETTINGS[method])
+    yield row(method, start, found)
+    if method == "default":
+        replayed = {"method": "fixed", "schedule": found.history}
+        yield row("replay", start, run(task, data, seed, STARTS[start], replayed))
 
 
-def random(task: Task, data: Data, seed: int) -> Iterator[Row]:
-    """Search at random."""
+def random(task: Task, data: Data, seed: int, _: str) -> Iterator[Row]:
+    """Search at random, for every budget."""
     sampler = optuna.samplers.RandomSampler(seed=seed)
     yield from _searched(task, data, seed, "random", sampler)
 
 
-def tpe(task: Task, data: Data, seed: int) -> Iterator[Row]:
-    """Search by TPE."""
+def tpe(task: Task, data: Data, seed: int, _: str) -> Iterator[Row]:
+    """Search by TPE, for every budget."""
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
     yield from _searched(task, data, seed, "tpe", sampler)
 
@@ -126,24 +124,36 @@ def _values(task: Task, strengths: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-METHODS: dict[str, Callable[[Task, Data, int], Iterator[Row]]] = {
-    "grid": grid,
-    **{name: partial(tuned, method=name) for name in SETTINGS},
-    "random": random,
-    "tpe": tpe,
+class Method(NamedTuple):
+    """One way to find values.
+
+    Attributes:
+        rows: ``(task, data, seed, start) -> rows``.
+        starts: What it is run from; of a search, the last row of the only run.
+    """
+
+    rows: Callable[[Task, Data, int, str], Iterator[Row]]
+    starts: Sequence[str]
+
+
+METHODS: dict[str, Method] = {
+    "grid": Method(grid, tuple(map(str, GRID))),
+    **{name: Method(partial(tuned, method=name), tuple(STARTS)) for name in SETTINGS},
+    "random": Method(random, (f"{BUDGETS[-1]}x",)),
+    "tpe": Method(tpe, (f"{BUDGETS[-1]}x",)),
 }
-"""Name to the rows it makes; ``default`` makes those of ``replay`` too."""
+"""Name to method; ``default`` makes the rows of ``replay`` too."""
 
 USUAL = ("grid", "default")
 """What the main table needs, in some three hours on two cores; others are asked for by name."""
 
 
-def one(folder: Path, name: str, method: str, seed: int) -> list[Row]:
-    """Return all rows of one method with one seed."""
+def one(folder: Path, name: str, method: str, seed: int, start: str) -> list[Row]:
+    """Return the rows of one method with one seed from one start."""
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     task = TASKS[name]
-    found = METHODS[method](task, task.load(folder, seed), seed)
+    found = METHODS[method].rows(task, task.load(folder, seed), seed, start)
     commit = circumstances(torch.device("cpu"))["commit"]
     return [{"task": name, "seed": seed, **r, "commit": commit} for r in found]
 
@@ -212,19 +222,16 @@ def better(table: Sequence[Row], method: str = "default") -> list[str]:
     return sorted(task for task, found in ratios.items() if median(found) < 1)
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows, summary and verdicts."""
+def report(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return rows, summary and verdicts."""
     table = summary(rows)
-    report = {
+    return {
         **circumstances(torch.device("cpu")),
         "summary": table,
         "bars": judge(table),
         "better than the grid": better(table),
         "rows": sorted(rows, key=lambda r: (r["task"], r["method"], r["seed"], r["start"])),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = json.dumps(report, indent=1)
-    path.write_text(lines + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -239,22 +246,30 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows: list[Row] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     wanted = [
-        (name, method, seed)
+        (name, method, seed, start)
         for name in options.tasks
         for method in METHODS
         if method in options.methods
         for seed in range(options.seeds or TASKS[name].seeds)
-        if not chosen(rows, task=name, method=method, seed=seed)
+        for start in METHODS[method].starts
+        if not chosen(rows, task=name, method=method, seed=seed, start=start)
     ]
+    failed: list[str] = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(one, options.data, *job) for job in wanted]
+        futures = {pool.submit(one, options.data, *job): job for job in wanted}
         for future in as_completed(futures):
+            error = future.exception()
+            if error is not None:
+                failed.append(f"{futures[future]}: {type(error).__name__}: {error}")
+                continue
             rows += future.result()
-            write(options.out, rows)
+            write(options.out, report(rows))
             print(*future.result(), sep="\n", flush=True)
-    write(options.out, rows)
+    write(options.out, report(rows))
     for entry in summary(rows):
         print(entry)
+    if failed:
+        raise SystemExit("\n".join(["these failed, all others are written:", *failed]))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ with quartiles. The plain model has the same regularisers at fixed values.
 import argparse
 import copy
 import gc
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,9 +27,9 @@ from torch.optim import SGD, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ingredients import INGREDIENTS
+from benchmarks.reports import RESULTS, circumstances, write
 from stnify import STN, Dropout, WeightDecay, presets, stnify
 
-RESULTS = Path(__file__).parent / "results"
 TRAIN_STEPS = 5
 PERIOD = 15
 """Iterations after which response and validation steps fall together again, by default."""
@@ -255,34 +252,6 @@ def judge(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return verdicts
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
-    """Return what the numbers depend on besides the code."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-    }
-
-
-def processor() -> str:
-    """Return the CPU's name, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -319,9 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
             print("{model} {response} {part}: {measured} <= {limit}".format(**bar), verdict)
     suffix = "_compiled" if options.compile else ""
     suffix += f"_{options.label}" if options.label else ""
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"step_cost_{device.type}{suffix}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write(path, report)
     print(f"written: {path}")
 
 

@@ -24,6 +24,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.video import mvit
 
+from benchmarks.reports import write
+
 RATE = 0.1
 RATES: tuple[dict[str, float], ...] = (
     {"drop_rate": RATE, "drop_path_rate": RATE},
@@ -103,9 +105,8 @@ def structures(cache: Path) -> list[Structure]:
         if known["versions"] == versions:
             return [Structure(**entry) for entry in known["structures"]]
     found = list(_grouped())
-    cache.parent.mkdir(parents=True, exist_ok=True)
     entries = [asdict(structure) for structure in found]
-    cache.write_text(json.dumps({"versions": versions, "structures": entries}, indent=1) + "\n")
+    write(cache, {"versions": versions, "structures": entries})
     return found
 
 

@@ -7,14 +7,14 @@ one process, and ratios are formed round by round.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.step_cost import PERIOD, RESULTS, circumstances, seconds, spread
+from benchmarks.reports import RESULTS, circumstances, write
+from benchmarks.step_cost import PERIOD, seconds, spread
 from benchmarks.tasks import TASKS, Data, Task, batches
 from stnify import stnify
 
@@ -94,9 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
         results.append(result)
         print(f"{name:15}", "{median:.2f} [{q1:.2f}, {q3:.2f}]".format(**result["ratio"]))
     report = {"limit": LIMIT, **circumstances(torch.device("cpu")), "results": results}
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "task_cost_cpu.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write(path, report)
     print(f"written: {path}")
 
 

@@ -1,5 +1,6 @@
 """Settings of every test."""
 
+import gc
 from importlib.util import find_spec
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)  # the tests' models are so small that threads only wait for each other
+
+# A full collection looks at all of PyTorch, a quarter of a second each time.
+gc.set_threshold(10_000, 20, 100)
 
 settings.register_profile("stnify", deadline=None)  # the first call of an operation takes long
 settings.load_profile("stnify")

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import short_budget, tasks
+from benchmarks import reports, short_budget, tasks
 
 
 def rows_of(validations, **entries):
@@ -72,7 +73,6 @@ def test_searched_strengths_become_values_of_their_own_declaration():
 def test_every_method_makes_its_rows_and_none_is_made_twice(tmp_path, monkeypatch, capsys):
     task = replace(tasks.TASKS["digits_vit"], build=network, declare=declared, epochs=2)
     monkeypatch.setattr(short_budget, "TASKS", {"digits": task})
-    monkeypatch.setattr(short_budget, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     path = tmp_path / "rows.json"
     arguments = ["--data", ".", "--tasks", "digits", "--seeds", "1", "--out", str(path)]
@@ -98,6 +98,59 @@ def test_every_method_makes_its_rows_and_none_is_made_twice(tmp_path, monkeypatc
     assert json.loads(path.read_text())["rows"] == report["rows"]
 
 
+@pytest.mark.filterwarnings("ignore:.*experimental:Warning")
+def test_what_is_interrupted_goes_on_run_by_run(tmp_path, monkeypatch):
+    """Killed in its third run, it has two rows; what fails is told, and costs no other row."""
+    path, tried = tmp_path / "rows.json", []
+
+    def one(failing, error):
+        def run(folder, name, method, seed, start):
+            tried.append(start)
+            if start == failing:
+                raise error
+            losses = {"validation": 1.0, "test": 1.0, "seconds": 1.0, "values": {}}
+            return [{"task": name, "seed": seed, "method": method, "start": start, **losses}]
+
+        return run
+
+    def starts():
+        return [r["start"] for r in json.loads(path.read_text())["rows"]]
+
+    arguments = ["--data", ".", "--tasks", "concrete", "--seeds", "1", "--methods", "grid"]
+    arguments += ["--out", str(path)]
+    monkeypatch.setattr(short_budget, "one", one("0.35", KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        short_budget.main(arguments)
+    assert starts() == ["0.05", "0.2"]
+    monkeypatch.setattr(short_budget, "one", one("0.5", MemoryError("no more")))
+    with pytest.raises(SystemExit, match=r"'grid', 0, '0.5'\): MemoryError: no more"):
+        short_budget.main(arguments)
+    assert starts() == ["0.05", "0.2", "0.35", "0.7"]
+    tried.clear()
+    monkeypatch.setattr(short_budget, "one", one(None, None))
+    short_budget.main(arguments)
+    assert tried == ["0.5"]
+    assert len(starts()) == 5
+
+
+def test_a_file_of_results_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    reports.write(path, {"rows": [1]})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        reports.write(path, {"rows": [1], "other": object()})
+
+    def cut(self, text):
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", cut)
+        with pytest.raises(KeyboardInterrupt):
+            reports.write(path, {"rows": [1, 2]})
+    assert json.loads(path.read_text()) == {"rows": [1]}
+
+
 def network():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.Linear(16, 10))
 
@@ -106,8 +159,14 @@ def declared(strength):
     return tasks.layers_of_a_table(strength)[1:]
 
 
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch):
+    monkeypatch.setattr(short_budget, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(short_budget, "as_completed", list)
+
+
 class InThisProcess:
-    """A pool that computes at once."""
+    """A pool that computes what is asked for when it is asked for."""
 
     def __init__(self, *args, **options):
         pass
@@ -119,8 +178,19 @@ class InThisProcess:
         return None
 
     def submit(self, function, *args):
-        from concurrent.futures import Future
+        return Job(function, args)
 
-        future = Future()
-        future.set_result(function(*args))
-        return future
+
+class Job:
+    def __init__(self, function, args):
+        self.function, self.args = function, args
+
+    def exception(self):
+        try:
+            self.found = self.function(*self.args)
+        except Exception as error:
+            return error
+        return None
+
+    def result(self):
+        return self.found
