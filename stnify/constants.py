@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 Operation = Callable[..., Tensor]
 Parts = tuple[Any, Tensor | None]
@@ -67,14 +68,21 @@ _CHANGES: dict[Change, tuple[Operation, ...]] = {
 
 
 def _meeting_constant(operation: Operation, change: Change, *args: Any, **kwargs: Any) -> Tensor:
-    """Call ``operation``; write primal and tangent apart if one operand alone has a tangent."""
-    if kwargs or len(args) != 2:
+    """Call ``operation``; write primal and tangent apart if one operand alone has a tangent.
+
+    Under ``torch.vmap`` nobody can see whether it has.
+    """
+    if kwargs or len(args) != 2 or any(map(_under_vmap, args)):
         return operation(*args, **kwargs)
     left, right = map(_parts, args)
     if (left[1] is None) == (right[1] is None):
         return operation(*args)
     outputs = operation(left[0], right[0])
     return forward_ad.make_dual(outputs, change(operation, left, right, outputs))
+
+
+def _under_vmap(value: Any) -> bool:
+    return isinstance(value, Tensor) and is_batchedtensor(value)
 
 
 def _parts(value: Any) -> Parts:

@@ -174,6 +174,19 @@ def test_a_rule_of_forward_mode_under_vmap_is_refused():
     assert moved(train(model, x, method="centered")) == {"first"}
 
 
+class ScaledUnderVmap(nn.Module):
+    def forward(self, x):
+        return torch.vmap(lambda row: 2 * row / 3 - 1 + row)(x)
+
+
+@pytest.mark.parametrize("leaves", [(), ("inner",)])
+def test_sums_and_products_with_constants_may_be_under_vmap(leaves):
+    x = torch.randn(BATCH, 6)
+    stn = train(Around(ScaledUnderVmap()), x, leaves=leaves)
+    assert moved(stn) == {"first"}
+    testing.assert_tangent_matches_differences(stn, x)
+
+
 # Derivatives inside a forward ---------------------------------------------------------------------
 
 
