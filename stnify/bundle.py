@@ -180,21 +180,28 @@ class STN:
             )
         return self._tuner.validate(batch)
 
-    def diagnose(self, draws: int = 8) -> Diagnosis:
+    def diagnose(self, draws: int = 8, controls: str | Sequence[str] = ()) -> Diagnosis:
         """Return how sure the hypergradient is of its sign, and how far ahead it looks.
 
-        Costs about ``2 * draws`` plain training steps and changes nothing. Print the result.
+        Costs about ``2 * draws`` plain training steps, up to half as many more where layers are
+        small, and changes nothing. Print the result.
+
+        Args:
+            draws: How often the effect of a step is taken.
+            controls: Globs on the names of hyperparameters you declared to have no effect, four at
+                least. Directions are then measured by theirs, which are what the response has
+                wrong and nothing else.
 
         Raises:
             UsageError: There is no optimizer, the method does not tune, or there were too few
-                validation steps.
+                validation steps, or too few controls.
 
         Example:
             ``print(stn.diagnose())`` once an epoch.
         """
         if not isinstance(draws, Integral) or draws < 2:
             raise UsageError(f"`draws` must be an integer of at least 2, but got {draws!r}.")
-        return diagnose(self._tuner, self._require_optimizer().base, draws)
+        return diagnose(self._tuner, self._require_optimizer().base, draws, controls)
 
     def freeze(self) -> None:
         """Stop scheduled validation steps; one called by hand still moves hyperparameters."""
@@ -226,6 +233,9 @@ class STN:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what ``state_dict`` returned, in an STN that was converted the same way.
+
+        Step sizes, lambda's too, are those of the state, as with any optimizer; what ``stnify`` was
+        told about the cadence, such as the warm-up, is not in it.
 
         Raises:
             UsageError: The state is of another model, other hyperparameters or other kinds of

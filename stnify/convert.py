@@ -125,7 +125,7 @@ def stnify(
         tune_scale: Whether sigma moves by its gradient, where it does not follow the value.
         entropy_weight: tau, which keeps sigma from collapsing.
         hyper_optimizer: ``[lambda, sigma] -> optimizer``; RMSprop by default, learning rate 0.01,
-            or so much more that lambda can cross its range in ``total_steps``.
+            or so much more that lambda can cross its range in ``total_steps``, 0.1 at most.
         response_optimizer: ``groups -> optimizer`` of the response parameters; Adam by default,
             learning rate 0.003. Their learning rate falls as that of the general parameters does.
         response_lr: Instead of it, the same kind of optimizer as ``optimizer`` with this multiple
@@ -195,11 +195,8 @@ def stnify(
         entropy_weight=entropy_weight,
         tune_scale=tune_scale,
     )
-    if chosen.tunes and total_steps is not None and cadence.warmup_steps >= total_steps:
-        raise UsageError(
-            f"`warmup_steps < total_steps` must hold, or nothing is tuned, but got "
-            f"warmup_steps={cadence.warmup_steps} of {total_steps}."
-        )
+    if chosen.tunes and total_steps is not None:
+        _refuse_no_tuning(total_steps, cadence)
     device, dtype = _place(model)
     seed = torch.initial_seed() if seed is None else seed
     compile = device.type == "cuda" if compile is None else compile
@@ -424,6 +421,22 @@ def _response_optimizer(
     return make or adam
 
 
+def _refuse_no_tuning(total_steps: int, cadence: Cadence) -> None:
+    """Raise UsageError if a run ends before its first validation step."""
+    if cadence.warmup_steps >= total_steps:
+        raise UsageError(
+            f"`warmup_steps < total_steps` must hold, or nothing is tuned, but got "
+            f"warmup_steps={cadence.warmup_steps} of {total_steps}."
+        )
+    every = cadence.train_steps
+    if total_steps // every == cadence.warmup_steps // every:
+        raise UsageError(
+            f"a run must have validation steps, or nothing is tuned, but between the end of its "
+            f"warm-up (warmup_steps={cadence.warmup_steps}) and its own ({total_steps}) there is "
+            f"none: they follow every {every} training steps (train_steps={every})."
+        )
+
+
 CROSSING = 12.0
 """Unconstrained distance between the practical ends of a range: sigmoid(-6) to sigmoid(6)."""
 
@@ -431,8 +444,9 @@ CROSSING = 12.0
 def _step_size(total_steps: int | None, cadence: Cadence) -> tuple[float, float]:
     """Return RMSprop's ``lr`` and ``alpha``: the papers', or for a short run more and less memory.
 
-    The step size lets lambda cross its range in the run. The memory is a tenth of the run, because
-    the first step is the larger the longer the memory: ``lr / sqrt(1 - alpha)``.
+    The step size lets lambda cross its range in the run, if that has 120 validation steps. The
+    memory is a tenth of the run, because the first step is the larger the longer the memory:
+    ``lr / sqrt(1 - alpha)``.
     """
     if total_steps is None:
         return 0.01, 0.99

@@ -1,7 +1,7 @@
 """7c. Whether the hypergradient can be trusted: how sure its sign is, how far ahead it looks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stnify.errors import UsageError
+from stnify.patterns import choose
 from stnify.step import to_device
 from stnify.step_sizes import step_sizes
 from stnify.tunable import evaluating
@@ -22,9 +23,12 @@ BLOCKS = 4
 SURE = 4.0
 """Standard errors from zero beyond which the sign of a gradient counts as known.
 
-Two would be too few: an error taken from four blocks is itself uncertain, and what the response has
-wrong outlasts a block. Hyperparameters without any effect often exceed two, and seldom four.
+Without controls it tells what is *not* known: an error taken from four blocks does not see what the
+response has had wrong for longer, and hyperparameters without any effect may exceed four as well.
 """
+
+CONTROLS = 4
+"""The fewest hyperparameters without effect from which an error is taken."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,16 @@ class Diagnosis:
         gradients: Mean hypergradient by name, per unconstrained unit.
         signal_to_noise: Mean over standard deviation of single validation steps, by name.
         certainty: Mean over its standard error, by name. The error is that of means of a few long
-            blocks, so that it counts what validation steps close in time share: the response's own
-            errors, which single steps cannot show.
+            blocks, which counts what validation steps close in time share; or with controls the
+            root mean square of theirs, which counts all that the response has wrong.
         horizon: Training steps for which the response answers: how many steps at the current
             learning rate, each with its immediate effect, would change the validation loss as much.
-            NaN if it is not known how far a step of the optimizer goes, see ``step_sizes``, or the
-            loss of the last batch was not finite; infinite if a step has no effect.
+            NaN if it is not known how far a step of the optimizer goes, see ``step_sizes``, the
+            loss of the last batch was not finite, or the loop has changed that batch since;
+            infinite if a step has no effect.
             Negative if what lies ahead has the other sign.
         horizon_error: Its standard error over noise; the last batches are given.
+        controls: Names of the hyperparameters without effect that gave the error.
     """
 
     steps: int
@@ -52,30 +58,38 @@ class Diagnosis:
     certainty: dict[str, float]
     horizon: float
     horizon_error: float
+    controls: tuple[str, ...] = ()
 
     @property
     def unsure(self) -> list[str]:
         """Names of the hyperparameters whose direction is not known."""
-        return [name for name, value in self.certainty.items() if not value > SURE]
+        sure = {name for name, value in self.certainty.items() if value > SURE}
+        return [name for name in self.certainty if name not in {*sure, *self.controls}]
 
     def __str__(self) -> str:
         width = max(map(len, ["hyperparameter", *self.gradients]))
         lines = [f"{'hyperparameter':{width}}  gradient  signal/noise  certainty"]
         for name, gradient in self.gradients.items():
             noise, sure = self.signal_to_noise[name], self.certainty[name]
-            known = "" if sure > SURE else "  direction not known"
+            known = "  direction not known" if name in self.unsure else ""
+            known = "  control" if name in self.controls else known
             lines.append(f"{name:{width}}  {gradient:+8.1e}  {noise:12.2f}  {sure:9.2f}{known}")
-        ahead = (
-            "how far ahead the response looks is not known"
-            if math.isnan(self.horizon)
-            else f"the response looks about {self.horizon:.3g} training steps ahead "
-            f"(standard error {self.horizon_error:.2g})"
-        )
-        lines.append(f"over {self.steps} validation steps; {ahead}")
+        lines.append(f"over {self.steps} validation steps; {self._ahead()}")
         return "\n".join(lines)
 
+    def _ahead(self) -> str:
+        """Say how far the response looks ahead, if it is known better than from nought."""
+        if not (math.isfinite(self.horizon) and self.horizon_error < abs(self.horizon)):
+            return "how far ahead the response looks is not known"
+        return (
+            f"the response looks about {self.horizon:.3g} training steps ahead, at the learning "
+            f"rate of now (standard error {self.horizon_error:.2g})"
+        )
 
-def diagnose(tuner: Tuner, optimizer: Optimizer, draws: int) -> Diagnosis:
+
+def diagnose(
+    tuner: Tuner, optimizer: Optimizer, draws: int, controls: str | Sequence[str] = ()
+) -> Diagnosis:
     """Return how sure and how far-sighted the hypergradient has been lately.
 
     It costs ``2 * draws`` training passes with their backward pass, and moves nothing: parameters,
@@ -85,10 +99,11 @@ def diagnose(tuner: Tuner, optimizer: Optimizer, draws: int) -> Diagnosis:
         tuner: After a few validation steps.
         optimizer: Of the general parameters.
         draws: How often a step's effect is taken, with fresh noise each time.
+        controls: Globs on the names of hyperparameters that are known to have no effect.
 
     Raises:
-        UsageError: The method does not tune, there were too few validation steps, or no training
-            batch is at hand.
+        UsageError: The method does not tune, there were too few validation steps, no training
+            batch is at hand, or there are too few controls.
     """
     if not tuner.method.tunes:
         raise UsageError('method="fixed" does not tune: there is no hypergradient to diagnose.')
@@ -104,8 +119,11 @@ def diagnose(tuner: Tuner, optimizer: Optimizer, draws: int) -> Diagnosis:
         )
     gradients = torch.stack(list(tuner.recent))
     mean, deviation = gradients.mean(0), gradients.std(0)
-    blocks = torch.stack([block.mean(0) for block in gradients.tensor_split(BLOCKS)])
-    error = blocks.std(0) / math.sqrt(BLOCKS)
+    chosen = _chosen(tuner, controls)
+    error = _error_of_blocks(gradients)
+    if chosen:
+        places = [tuner.model._stnify.space.index(name) for name in chosen]
+        error = mean[places].square().mean().sqrt()
     horizon, horizon_error = _horizon(tuner, optimizer, mean, draws)
     return Diagnosis(
         len(gradients),
@@ -114,7 +132,25 @@ def diagnose(tuner: Tuner, optimizer: Optimizer, draws: int) -> Diagnosis:
         _named(tuner, mean.abs() / error),
         horizon,
         horizon_error,
+        chosen,
     )
+
+
+def _error_of_blocks(gradients: Tensor) -> Tensor:
+    blocks = torch.stack([block.mean(0) for block in gradients.tensor_split(BLOCKS)])
+    return blocks.std(0) / math.sqrt(BLOCKS)
+
+
+def _chosen(tuner: Tuner, controls: str | Sequence[str]) -> tuple[str, ...]:
+    names = tuner.model._stnify.space.names
+    chosen = tuple(choose(controls, dict.fromkeys(names)))
+    if controls and len(chosen) < CONTROLS:
+        raise UsageError(
+            f"`controls` must match at least {CONTROLS} hyperparameters, all of them without "
+            f"effect, but {controls!r} matches {list(chosen)} of {names}. Declare such as "
+            f"Hyperparameter('idle.0', 0.5, (0, 1), penalty=lambda model, batch, value: 0 * value)."
+        )
+    return chosen
 
 
 def _named(tuner: Tuner, values: Tensor) -> dict[str, float]:
@@ -133,6 +169,8 @@ def _horizon(
     Returns:
         The ratio, and its standard error.
     """
+    if tuner.latest_is_changed:
+        return math.nan, math.nan
     scale = tuner.model._stnify.space.scale.detach()
     length = torch.linalg.vector_norm(scale * gradient)
     if length == 0:

@@ -87,6 +87,7 @@ class Tuner:
         self._flops: dict[str, tuple[int, int]] = {}
         self._gradients: dict[str, Tensor] = {}
         self._versions: list[tuple[Tensor, int]] = []
+        self._latest_versions: list[tuple[Tensor, int]] = []
         self._fetched: list[Any] = []
         self._calls_seen = False
         self.model._stnify.call_before_training(self._before_training_pass)
@@ -156,7 +157,7 @@ class Tuner:
                 "stn.observe(batch) before optimizer.step()."
             )
         self._refuse_unused()
-        if any(tensor._version != version for tensor, version in self._versions):
+        if _changed(self._versions):
             raise UsageError(
                 "a batch must stay what it was until optimizer.step(), because the response step "
                 "uses it again, but the loop or the model changed it in place. Change a copy, or "
@@ -289,6 +290,11 @@ class Tuner:
             found[parameters[name]] = coefficient * weight.sign() + squared.get(name, 0.0) * weight
         return found
 
+    @property
+    def latest_is_changed(self) -> bool:
+        """Whether the loop has changed the batches of the last general step since."""
+        return _changed(self._latest_versions)
+
     @contextmanager
     def unobserved(self) -> Iterator[None]:
         """Let passes of the body be none of the loop's: the next step knows nothing of them."""
@@ -311,7 +317,7 @@ class Tuner:
         self.latest_training = batches
         for recorder in self.model._stnify.recorders:
             recorder.forget()
-        self._versions.clear()
+        self._latest_versions, self._versions = self._versions, []
         if self._uncentred is not None:
             self._uncentred.forget(self.model._stnify.space)
         due = self.counters.training_steps % self.cadence.response_every == 0
@@ -508,6 +514,10 @@ class Tuner:
         self.recent.extend(gradient.to(self._centre) for gradient in state["recent"])
         self.model._stnify.space.read.update(state["read"])
         self.observed = []
+
+
+def _changed(versions: Sequence[tuple[Tensor, int]]) -> bool:
+    return any(tensor._version != version for tensor, version in versions)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -137,7 +137,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "verify",
     },
     "step_sizes": set(),
-    "diagnosis": {"errors", "step", "step_sizes", "tunable", "tuner", "untouched"},
+    "diagnosis": {"errors", "patterns", "step", "step_sizes", "tunable", "tuner", "untouched"},
     "export": {"errors", "tunable"},
     "bundle": {
         "diagnosis",

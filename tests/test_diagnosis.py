@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -315,3 +316,59 @@ def test_a_diagnosis_in_eval_mode_leaves_every_module_there():
     stn.model.eval()
     stn.diagnose(draws=2)
     assert not any(module.training for module in [*model.modules(), *stn.model.modules()])
+
+
+IDLE = [
+    Hyperparameter(f"idle.{i}", 0.5, (0.0, 1.0), penalty=lambda model, batch, value: 0 * value)
+    for i in range(6)
+]
+
+
+def test_controls_measure_directions_by_those_of_no_effect():
+    """Of the rest of what is wrong in the response no block knows; theirs is nothing else."""
+    torch.manual_seed(0)
+    stn = convert(perceptron(), [WeightDecay(init=1e-2), *IDLE], train_steps=1)
+    train(*stn, 40, criterion=stn.criterion)
+    found, plain = stn.diagnose(draws=2, controls="idle.*"), stn.diagnose(draws=2)
+    assert found.controls == tuple(control.name for control in IDLE)
+    assert found.gradients == plain.gradients
+    error = math.sqrt(sum(found.gradients[c] ** 2 for c in found.controls) / len(IDLE))
+    assert found.certainty == {
+        name: pytest.approx(abs(gradient) / error) for name, gradient in found.gradients.items()
+    }
+    assert plain.certainty["weight_decay"] != pytest.approx(
+        found.certainty["weight_decay"], rel=0.1
+    )
+    assert set(found.unsure) <= {"weight_decay"}
+    assert str(found).count("  control") == len(IDLE)
+    assert "control" not in str(plain)
+
+
+@pytest.mark.parametrize("controls", ["idle.[012]", "other*", ["idle.0", "idle.1"]])
+def test_too_few_controls_are_refused(controls):
+    stn = convert(perceptron(), [WeightDecay(), *IDLE])
+    train(*stn, 9, criterion=stn.criterion)
+    with pytest.raises(UsageError, match="must match at least 4 hyperparameters, all of them"):
+        stn.diagnose(controls=controls)
+
+
+def test_a_horizon_is_told_where_it_is_known():
+    stn = convert(perceptron(), [DROPOUT])
+    train(*stn, 9, criterion=stn.criterion)
+    found = stn.diagnose(draws=2)
+    unknown = "how far ahead the response looks is not known"
+    told = "looks about 12 training steps ahead, at the learning rate of now (standard error 3)"
+    assert told in str(replace(found, horizon=12.0, horizon_error=3.0))
+    for value, error in ((12.0, 12.0), (-38.0, 250.0), (math.inf, math.inf), (math.nan, 1.0)):
+        assert unknown in str(replace(found, horizon=value, horizon_error=error))
+
+
+def test_of_a_batch_that_is_overwritten_the_horizon_is_not_known():
+    """A loader may reuse its memory once the step is over."""
+    buffer, target = torch.randn(8, 6), torch.zeros(8, dtype=torch.long)
+    stn = convert(perceptron(), [DROPOUT])
+    train(*stn, 9, criterion=stn.criterion)
+    stn.step((buffer, target))
+    assert math.isfinite(stn.diagnose(draws=2).horizon)
+    buffer.copy_(torch.randn(8, 6))
+    assert math.isnan(stn.diagnose(draws=2).horizon)

@@ -1337,6 +1337,22 @@ def test_the_step_size_of_lambda_follows_the_length_of_the_run(total_steps, sett
     assert stn._tuner.cadence.warmup_steps == (100 if total_steps is None else total_steps // 20)
 
 
+@pytest.mark.parametrize(
+    ("length", "rule"),
+    [
+        ({"total_steps": 4}, r"its own \(4\) there is none: they follow every 5"),
+        ({"total_steps": 100, "train_steps": 200}, r"every 200 training steps"),
+        ({"total_steps": 14, "warmup_steps": 11}, r"warm-up \(warmup_steps=11\)"),
+    ],
+)
+def test_a_run_without_validation_steps_is_refused(length, rule):
+    given = {"train_steps": 5, "warmup_steps": None, **length}
+    with pytest.raises(UsageError, match=rule):
+        convert(perceptron(), [WeightDecay()], **given)
+    convert(perceptron(), [WeightDecay()], **{**given, "total_steps": 200})
+    convert(perceptron(), [WeightDecay()], **given, method="fixed")
+
+
 class Stream(IterableDataset):
     """Examples of which nobody knows how many there are."""
 
