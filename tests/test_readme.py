@@ -224,6 +224,18 @@ def test_it_says_how_many_aims_of_short_runs_are_met():
     assert f"on {len(report['better than the grid'])} of {len(tasks)}." in text
 
 
+def test_it_says_how_many_idle_directions_are_called_sure():
+    report = json.loads((RESULTS / "idle_directions.json").read_text())
+    shares = {by: report[f"idle called sure by {by}"] for by in ("blocks", "controls")}
+    text = " ".join(README.split())
+    assert f"{shares['blocks']:.0%} of hyperparameters without any effect are above" in text
+    assert shares["controls"] == 0
+    count = sum(r["diagnoses"] for r in report["results"]) * 8
+    assert f"none of {count} others like them is above" in text
+    acting = [r["controls"]["dropout"] for r in report["results"]]
+    assert f"which does act, is at {min(acting):.1f} to {max(acting):.1f} (medians" in text
+
+
 def signs_at_the_end(task):
     """For each settings and point, how many signs that retraining to the end knows are right."""
     report = json.loads((RESULTS / f"hypergradient_{task}.json").read_text())
