@@ -195,7 +195,7 @@ def stnify(
         entropy_weight=entropy_weight,
         tune_scale=tune_scale,
     )
-    if chosen.tunes and total_steps is not None:
+    if chosen.tunes and total_steps is not None and valid_loader is not None:
         _refuse_no_tuning(total_steps, cadence)
     device, dtype = _place(model)
     seed = torch.initial_seed() if seed is None else seed

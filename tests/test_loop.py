@@ -1351,6 +1351,7 @@ def test_a_run_without_validation_steps_is_refused(length, rule):
         convert(perceptron(), [WeightDecay()], **given)
     convert(perceptron(), [WeightDecay()], **{**given, "total_steps": 200})
     convert(perceptron(), [WeightDecay()], **given, method="fixed")
+    convert(perceptron(), [WeightDecay()], **given, valid_loader=None)
 
 
 class Stream(IterableDataset):
