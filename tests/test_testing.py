@@ -734,6 +734,7 @@ IN_A_SHARD = 200
 
 REFUSALS = (
     "UnsupportedModuleError: Sequential must hold at least one trainable layer that can respond",
+    'DeclarationError: `at="input"` needs a model whose forward takes an input and can be traced',
 )
 """How a random module may be refused: with a reason that begins like this."""
 
@@ -809,10 +810,10 @@ KINDS = (
 
 
 def test_every_kind_of_layer_is_drawn():
-    """Among a thousand modules at most."""
+    """Among three thousand modules at most: draws depend on what the process has imported."""
     missing = set(KINDS)
 
-    @settings(quickly, max_examples=1000, derandomize=True)
+    @settings(quickly, max_examples=3000, derandomize=True)
     @given(strategies.random_modules())
     def draw(drawn):
         if missing:
