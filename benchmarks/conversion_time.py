@@ -18,10 +18,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.reports import circumstances, write
+from benchmarks.reports import RESULTS, circumstances, write
 from stnify import Dropout, WeightDecay, stnify
 
-RESULTS = Path(__file__).parent / "results" / "conversion_time.json"
+FILE = RESULTS / "conversion_time.json"
 
 MODELS: dict[str, float] = {"resnet50": 2.0, "vit_base_patch16_224": 4.0}
 """timm's name to the most seconds a conversion may take."""
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")

@@ -11,10 +11,10 @@ from typing import Any
 import timm
 import torch
 
-from benchmarks.reports import write
+from benchmarks.reports import RESULTS, write
 from recipes.quickstart import Run, load, train
 
-RESULTS = Path(__file__).parent / "results" / "quickstart_seeds.json"
+FILE = RESULTS / "quickstart_seeds.json"
 METHODS = ("fixed", "delta")
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--starts", type=float, nargs="+", default=[0.05, 0.3])
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     found = []

@@ -23,13 +23,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from benchmarks.reports import circumstances, write
+from benchmarks.reports import RESULTS, circumstances, write
 from stnify.declare import Declaration
 from stnify.testing import converts_or_refuses
 from stnify.testing.modules import RandomModule
 from stnify.testing.strategies import hyperparameter_sets, random_modules
 
-RESULTS = Path(__file__).parent / "results" / "random_modules.json"
+FILE = RESULTS / "random_modules.json"
 BLOCK = 250
 """Modules drawn with one seed."""
 
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args(arguments)
     report = continued(options.out, options.seed)
     before, start = report["seconds"], time.monotonic()

@@ -28,12 +28,12 @@ import optuna
 import torch
 
 from benchmarks.ingredients import INGREDIENTS
-from benchmarks.reports import circumstances, write
+from benchmarks.reports import RESULTS, circumstances, write
 from benchmarks.tasks import TASKS, Data, Run, Task, run
 from stnify import History, presets
 from stnify.schedule import Record
 
-RESULTS = Path(__file__).parent / "results" / "short_budget.json"
+FILE = RESULTS / "short_budget.json"
 STARTS = {"low": 0.05, "middle": 0.35, "high": 0.7}
 GRID = (0.05, 0.2, 0.35, 0.5, 0.7)
 SEARCHED = (0.02, 0.9)
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(USUAL))
     parser.add_argument("--seeds", type=int, help="instead of the number each task has")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args(arguments)
     rows: list[Row] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     wanted = [

@@ -69,11 +69,12 @@ class Diagnosis:
     def __str__(self) -> str:
         width = max(map(len, ["hyperparameter", *self.gradients]))
         lines = [f"{'hyperparameter':{width}}  gradient  signal/noise  certainty"]
+        remarks = dict.fromkeys(self.unsure, "  direction not known")
+        remarks |= dict.fromkeys(self.controls, "  control")
         for name, gradient in self.gradients.items():
             noise, sure = self.signal_to_noise[name], self.certainty[name]
-            known = "  direction not known" if name in self.unsure else ""
-            known = "  control" if name in self.controls else known
-            lines.append(f"{name:{width}}  {gradient:+8.1e}  {noise:12.2f}  {sure:9.2f}{known}")
+            remark = remarks.get(name, "")
+            lines.append(f"{name:{width}}  {gradient:+8.1e}  {noise:12.2f}  {sure:9.2f}{remark}")
         lines.append(f"over {self.steps} validation steps; {self._ahead()}")
         return "\n".join(lines)
 
@@ -120,10 +121,8 @@ def diagnose(
     gradients = torch.stack(list(tuner.recent))
     mean, deviation = gradients.mean(0), gradients.std(0)
     chosen = _chosen(tuner, controls)
-    error = _error_of_blocks(gradients)
-    if chosen:
-        places = [tuner.model._stnify.space.index(name) for name in chosen]
-        error = mean[places].square().mean().sqrt()
+    places = [tuner.model._stnify.space.index(name) for name in chosen]
+    error = mean[places].square().mean().sqrt() if chosen else _error_of_blocks(gradients)
     horizon, horizon_error = _horizon(tuner, optimizer, mean, draws)
     return Diagnosis(
         len(gradients),

@@ -9,7 +9,7 @@ from hypothesis import settings
 
 torch.set_num_threads(1)  # the tests' models are so small that threads only wait for each other
 
-# A full collection looks at all of PyTorch, a quarter of a second each time.
+# A full collection looks at all of PyTorch, some tenths of a second each time.
 gc.set_threshold(10_000, 20, 100)
 
 settings.register_profile("stnify", deadline=None)  # the first call of an operation takes long

@@ -325,7 +325,7 @@ IDLE = [
 
 
 def test_controls_measure_directions_by_those_of_no_effect():
-    """Of the rest of what is wrong in the response no block knows; theirs is nothing else."""
+    """The error is the root mean square of their gradients, for all others alike."""
     torch.manual_seed(0)
     stn = convert(perceptron(), [WeightDecay(init=1e-2), *IDLE], train_steps=1)
     train(*stn, 40, criterion=stn.criterion)

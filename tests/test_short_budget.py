@@ -118,8 +118,8 @@ def test_what_is_interrupted_goes_on_run_by_run(tmp_path, monkeypatch):
 
     arguments = ["--data", ".", "--tasks", "concrete", "--seeds", "1", "--methods", "grid"]
     arguments += ["--out", str(path)]
-    monkeypatch.setattr(short_budget, "one", one("0.35", KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(short_budget, "one", one("0.35", KeyboardInterrupt("killed")))
+    with pytest.raises(KeyboardInterrupt, match="killed"):
         short_budget.main(arguments)
     assert starts() == ["0.05", "0.2"]
     monkeypatch.setattr(short_budget, "one", one("0.5", MemoryError("no more")))
@@ -142,11 +142,11 @@ def test_a_file_of_results_is_written_whole_or_not_at_all(tmp_path):
     def cut(self, text):
         with self.open("w") as file:
             file.write(text[:5])
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("killed")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "write_text", cut)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="killed"):
             reports.write(path, {"rows": [1, 2]})
     assert json.loads(path.read_text()) == {"rows": [1]}
 
